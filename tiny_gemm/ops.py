@@ -1,0 +1,641 @@
+"""Tiny-GEMM's ops: torch.ops.tiny_gemm.*, and a Python function for each. Importing this module registers them.
+
+Every op has a schema, checks, a fake implementation (shapes for torch.compile and export), a CPU implementation on
+torch's own kernels, and a CUDA implementation on this project's Triton kernels. They are for inference: an input that
+requires grad is refused. Low-level torch.library registration is used because custom_op costs 2 to 3 times the CPU time
+a call.
+
+Errors name the value and the rule: ValueError (a shape, size or option that breaks it) or TypeError (a dtype).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from tiny_gemm import reference
+from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, TILE_N, Int4Weight, check_packed, dequantize, unpack
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
+HEAD_SIZES = (64, 80, 96, 128, 256)
+
+_lib = torch.library.Library("tiny_gemm", "DEF")
+
+
+def _register(schema: str, *, fake, cpu, cuda) -> None:
+    _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    name = schema.partition("(")[0]
+    _lib.impl(name, cpu, "CPU")
+    _lib.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"tiny_gemm::{name}", fake, lib=_lib)
+
+
+def _check_tensors(op: str, x: Tensor, others: dict[str, Tensor | None], *, same_dtype: tuple[str, ...] = ()) -> None:
+    """What every op asks of its tensors: no grad, one device, x floating point, and x's dtype for same_dtype's."""
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{op}: the input is {x.dtype}, it must be bfloat16, float16 or float32")
+    grad = torch.is_grad_enabled()
+    if grad and x.requires_grad:
+        raise ValueError(f"{op} is for inference: the input requires grad; call it under torch.no_grad()")
+    for name, t in others.items():
+        if t is None:
+            continue
+        if t.device != x.device:
+            raise ValueError(f"{op}: {name} is on {t.device} and the input on {x.device}; they must be on one device")
+        if grad and t.requires_grad:
+            raise ValueError(f"{op} is for inference: {name} requires grad; call it under torch.no_grad()")
+        if name in same_dtype and t.dtype != x.dtype:
+            raise TypeError(f"{op}: {name} is {t.dtype} and the input {x.dtype}; they must have one dtype")
+
+
+def _check_shape(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, it must be {shape}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# int4_gemm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+    """y = x @ W.T + bias with the packed weight W [N, K] dequantized inside the kernel.
+
+    x: [..., K], bfloat16 or float16 (on CPU also float32, which is exact up to float32 rounding). bias: [N], x's dtype.
+    Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and a row has the same bits alone
+    as in a batch of 8.
+    """
+    return torch.ops.tiny_gemm.int4_gemm(
+        x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.out_features
+    )
+
+
+def linear(x: Tensor, weight: Tensor | Int4Weight, bias: Tensor | None = None) -> Tensor:
+    """x @ W.T + bias for a weight of either kind: int4_gemm, or torch's linear for a plain tensor [N, K]."""
+    return int4_gemm(x, weight, bias) if isinstance(weight, Int4Weight) else F.linear(x, weight, bias)
+
+
+def _check_int4(op: str, x: Tensor, k: int, name: str, packed, scales, zeros, group_size: int, n: int) -> None:
+    """The parts of an Int4Weight [n, k] as separate arguments."""
+    _check_tensors(op, x, {f"{name}packed": packed, f"{name}scales": scales, f"{name}zeros": zeros})
+    check_packed(packed, scales, zeros, group_size, n, k)
+
+
+def _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features) -> None:
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"int4_gemm: x has shape {tuple(x.shape)}, it must be [..., K] with K > 0")
+    _check_int4("int4_gemm", x, x.shape[-1], "", packed, scales, zeros, group_size, out_features)
+    _check_tensors("int4_gemm", x, {"bias": bias}, same_dtype=("bias",))
+    _check_shape("int4_gemm", "bias", bias, (out_features,))
+
+
+def _int4_gemm_fake(x, packed, scales, zeros, bias, group_size, out_features):
+    _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _int4_gemm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
+    _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
+    k = x.shape[-1]
+    rows = x.reshape(-1, k)
+    if x.dtype == torch.bfloat16 and group_size != -1 and len(rows) <= ATEN_INT4_ROWS:
+        y = _aten_int4_mm(rows, packed, scales, zeros, group_size, out_features)
+        y = y if bias is None else y + bias
+    else:
+        weight = dequantize(Int4Weight(packed, scales, zeros, group_size, (out_features, k)))
+        y = F.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+ATEN_INT4_ROWS = 16  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
+# That kernel has a packed order of its own. A weight's copy in that order lives as long as the weight.
+_ATEN_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) -> Tensor:
+    """x [M, K] bfloat16 @ W.T by ATen's CPU kernel (w = (q - 8) * scale + offset, both rounded to bfloat16)."""
+    state = tuple((t.data_ptr(), t._version) for t in (packed, scales, zeros) if t is not None and not t.is_inference())
+    cached = _ATEN_PACKED.get(packed)
+    if cached is None or cached[0] != state:  # the state changes if somebody writes to the weight
+        q, s, z = unpack(Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1])))
+        pad = (0, 0, 0, -len(q) % TILE_N)  # the kernel wants rows in multiples of 16
+        offsets = torch.zeros_like(s) if z is None else (SYMMETRIC_ZERO - z.float()) * s.float()
+        scales_and_offsets = torch.stack((F.pad(s.float(), pad).T, F.pad(offsets.float(), pad).T), dim=-1)
+        aten_packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(q, pad).int(), 1)
+        cached = state, aten_packed, scales_and_offsets.to(torch.bfloat16).contiguous()
+        _ATEN_PACKED[packed] = cached
+    y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cached[1], group_size, cached[2])
+    return y[:, :out_features]
+
+
+def _int4_gemm_cuda(x, packed, scales, zeros, bias, group_size, out_features):
+    from tiny_gemm import triton_gemm
+
+    _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
+    rows = x.reshape(-1, x.shape[-1])
+    y = triton_gemm.int4_gemm(rows, packed, scales, zeros, bias, group_size, out_features)
+    return y.view(*x.shape[:-1], out_features)
+
+
+_register(
+    "int4_gemm(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? bias, int group_size, int out_features)"
+    " -> Tensor",
+    fake=_int4_gemm_fake,
+    cpu=_int4_gemm_cpu,
+    cuda=_int4_gemm_cuda,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fused_ffn, int4_ffn
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fused_ffn(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """act(x @ w1 + b1) @ w2 + b2, or gated (SwiGLU, GeGLU): (act(x @ w_gate) * (x @ w1 + b1)) @ w2 + b2.
+
+    x: [..., d]; w1, w_gate: [d, h]; b1: [h]; w2: [h, n]; b2: [n]; all of one dtype. Weights may have any strides, so
+    nn.Linear.weight.t() needs no copy. activation: gelu, gelu_tanh, relu or silu. Returns [..., n].
+    On a GPU this is ONE launch for up to 16 rows in bfloat16 or float16; with more rows (prefill), or in float32, it is
+    cuBLAS and an elementwise kernel, which are faster there.
+    """
+    return torch.ops.tiny_gemm.fused_ffn(x, w1, b1, w2, b2, w_gate, activation=activation)
+
+
+def _check_activation(op: str, activation: str) -> None:
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"{op}: activation={activation!r} must be one of {', '.join(reference.ACTIVATIONS)}")
+
+
+def _check_fused_ffn(x, w1, b1, w2, b2, w_gate, activation) -> None:
+    op = "fused_ffn"
+    _check_activation(op, activation)
+    others = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "w_gate": w_gate}
+    _check_tensors(op, x, others, same_dtype=tuple(others))
+    if x.dim() == 0 or w1.dim() != 2 or w2.dim() != 2:
+        raise ValueError(
+            f"{op}: x, w1, w2 have {x.dim()}, {w1.dim()}, {w2.dim()} dimensions, they must be [..., d], [d, h], [h, n]"
+        )
+    d, h, n = x.shape[-1], w1.shape[1], w2.shape[1]
+    if 0 in (d, h, n):
+        raise ValueError(f"{op}: d={d}, h={h}, n={n} must all be positive")
+    for name, t, shape in (
+        ("w1", w1, (d, h)),
+        ("w_gate", w_gate, (d, h)),
+        ("b1", b1, (h,)),
+        ("w2", w2, (h, n)),
+        ("b2", b2, (n,)),
+    ):
+        _check_shape(op, name, t, shape)
+
+
+def _fused_ffn_fake(x, w1, b1, w2, b2, w_gate=None, *, activation="gelu"):
+    _check_fused_ffn(x, w1, b1, w2, b2, w_gate, activation)
+    return x.new_empty((*x.shape[:-1], w2.shape[1]))
+
+
+def _dense_ffn(x, w1, b1, w2, b2, w_gate, activation) -> Tensor:
+    act = reference.ACTIVATIONS[activation]
+    hidden = F.linear(x, w1.t(), b1)
+    hidden = act(hidden) if w_gate is None else act(F.linear(x, w_gate.t())) * hidden
+    return F.linear(hidden, w2.t(), b2)
+
+
+def _fused_ffn_cpu(x, w1, b1, w2, b2, w_gate=None, *, activation="gelu"):
+    _check_fused_ffn(x, w1, b1, w2, b2, w_gate, activation)
+    return _dense_ffn(x, w1, b1, w2, b2, w_gate, activation)
+
+
+def _fused_ffn_cuda(x, w1, b1, w2, b2, w_gate=None, *, activation="gelu"):
+    from tiny_gemm.triton_fused_transformer import ffn
+
+    _check_fused_ffn(x, w1, b1, w2, b2, w_gate, activation)
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > ffn.FUSED_ROWS or x.dtype == torch.float32:
+        return _dense_ffn(x, w1, b1, w2, b2, w_gate, activation)
+    return ffn.fused_ffn(rows, w1, b1, w2, b2, w_gate, activation).view(*x.shape[:-1], w2.shape[1])
+
+
+_register(
+    "fused_ffn(Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, Tensor? w_gate=None, *,"
+    ' str activation="gelu") -> Tensor',
+    fake=_fused_ffn_fake,
+    cpu=_fused_ffn_cpu,
+    cuda=_fused_ffn_cuda,
+)
+
+
+def int4_ffn(
+    x: Tensor,
+    w1: Int4Weight,
+    b1: Tensor | None,
+    w2: Int4Weight,
+    b2: Tensor | None,
+    w_gate: Int4Weight | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """fused_ffn over packed weights: w1, w_gate [h, d] and w2 [n, h], [out, in] as an Int4Weight always is.
+
+    x: [..., d]; b1: [h]; b2: [n], in x's dtype. w_gate must have w1's group size and symmetry. Returns [..., n].
+    On a GPU this is ONE launch for up to 16 rows; with more rows it is int4_gemm twice (three times when gated) with
+    the activation between, which is faster there.
+    """
+    if w_gate is not None and (w_gate.shape != w1.shape or w_gate.group_size != w1.group_size):
+        raise ValueError(f"int4_ffn: w_gate must have w1's shape and group size, got {w_gate} and {w1}")
+    gate = (None, None, None) if w_gate is None else (w_gate.packed, w_gate.scales, w_gate.zeros)
+    return torch.ops.tiny_gemm.int4_ffn(
+        x, w1.packed, w1.scales, w1.zeros, b1, w2.packed, w2.scales, w2.zeros, b2, *gate,
+        w1.group_size, w2.group_size, w1.out_features, w2.out_features, activation=activation,
+    )  # fmt: skip
+
+
+def _check_int4_ffn(
+    x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+    group_size1, group_size2, hidden, out_features, activation,
+) -> None:  # fmt: skip
+    op = "int4_ffn"
+    _check_activation(op, activation)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, it must be [..., d] with d > 0")
+    d = x.shape[-1]
+    _check_int4(op, x, d, "w1_", w1_packed, w1_scales, w1_zeros, group_size1, hidden)
+    _check_int4(op, x, hidden, "w2_", w2_packed, w2_scales, w2_zeros, group_size2, out_features)
+    if wg_packed is not None:
+        _check_int4(op, x, d, "wg_", wg_packed, wg_scales, wg_zeros, group_size1, hidden)
+        if (wg_zeros is None) != (w1_zeros is None):
+            raise ValueError(f"{op}: w_gate and w1 must both be symmetric or both have zeros")
+    _check_tensors(op, x, {"b1": b1, "b2": b2}, same_dtype=("b1", "b2"))
+    _check_shape(op, "b1", b1, (hidden,))
+    _check_shape(op, "b2", b2, (out_features,))
+
+
+def _int4_ffn_fake(
+    x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+    group_size1, group_size2, hidden, out_features, *, activation="gelu",
+):  # fmt: skip
+    _check_int4_ffn(
+        x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+        group_size1, group_size2, hidden, out_features, activation,
+    )  # fmt: skip
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+def _int4_ffn_composed(
+    x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+    group_size1, group_size2, hidden, out_features, *, activation="gelu",
+):  # fmt: skip
+    _check_int4_ffn(
+        x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+        group_size1, group_size2, hidden, out_features, activation,
+    )  # fmt: skip
+    gemm = _int4_gemm_cuda if x.is_cuda else _int4_gemm_cpu
+    act = reference.ACTIVATIONS[activation]
+    h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
+    if wg_packed is None:
+        h = act(h)
+    else:
+        h = act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden)) * h
+    return gemm(h, w2_packed, w2_scales, w2_zeros, b2, group_size2, out_features)
+
+
+def _int4_ffn_cuda(
+    x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+    group_size1, group_size2, hidden, out_features, *, activation="gelu",
+):  # fmt: skip
+    from tiny_gemm.triton_fused_transformer import ffn
+
+    args = (
+        w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
+        group_size1, group_size2, hidden, out_features,
+    )  # fmt: skip
+    rows = x.reshape(-1, x.shape[-1])
+    if len(rows) > ffn.FUSED_ROWS:
+        return _int4_ffn_composed(x, *args, activation=activation)
+    _check_int4_ffn(x, *args, activation)
+    return ffn.int4_ffn(rows, *args, activation).view(*x.shape[:-1], out_features)
+
+
+_register(
+    "int4_ffn(Tensor x, Tensor w1_packed, Tensor w1_scales, Tensor? w1_zeros, Tensor? b1, Tensor w2_packed,"
+    " Tensor w2_scales, Tensor? w2_zeros, Tensor? b2, Tensor? wg_packed, Tensor? wg_scales, Tensor? wg_zeros,"
+    ' int group_size1, int group_size2, int hidden, int out_features, *, str activation="gelu") -> Tensor',
+    fake=_int4_ffn_fake,
+    cpu=_int4_ffn_composed,
+    cuda=_int4_ffn_cuda,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# rms_norm, layer_norm
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6):
+    """y = s / sqrt(mean(s^2) + eps) * weight over the last dimension, where s = x (+ residual).
+
+    x: [..., d]; weight: [d], any floating dtype; residual: x's shape, x's dtype or float32. Returns y in x's dtype;
+    with a residual, (y, s) with s in the residual's dtype, which is the next layer's residual. One launch on a GPU.
+    """
+    if residual is None:
+        return torch.ops.tiny_gemm.rms_norm(x, weight, eps)
+    return torch.ops.tiny_gemm.add_rms_norm(x, residual, weight, eps)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, *, eps: float = 1e-5
+):
+    """y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last dimension, where s = x (+ residual).
+
+    Shapes, dtypes and returns are those of rms_norm; bias: [d] or None.
+    """
+    if residual is None:
+        return torch.ops.tiny_gemm.layer_norm(x, weight, bias, eps)
+    return torch.ops.tiny_gemm.add_layer_norm(x, residual, weight, bias, eps)
+
+
+def _check_norm(op: str, x, weight, bias, residual) -> None:
+    _check_tensors(op, x, {"weight": weight, "bias": bias, "residual": residual})
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, it must be [..., d] with d > 0")
+    _check_shape(op, "weight", weight, (x.shape[-1],))
+    _check_shape(op, "bias", bias, (x.shape[-1],))
+    _check_shape(op, "residual", residual, tuple(x.shape))
+    if residual is not None and residual.dtype not in (x.dtype, torch.float32):
+        raise TypeError(f"{op}: residual is {residual.dtype}, it must be float32 or the input's {x.dtype}")
+
+
+def _register_norm(name: str, plain_schema: str, add_schema: str, compute) -> None:
+    """Registers `name` and `add_name`. compute(s float32, weight, bias, eps) -> y float32 is the CPU's meaning."""
+
+    def unpack_args(args):  # (weight, eps) or (weight, bias, eps)
+        return (args[0], None, args[1]) if len(args) == 2 else args
+
+    def fake(x, *args):
+        weight, bias, _ = unpack_args(args)
+        _check_norm(name, x, weight, bias, None)
+        return x.new_empty(x.shape)
+
+    def add_fake(x, residual, *args):
+        weight, bias, _ = unpack_args(args)
+        _check_norm(name, x, weight, bias, residual)
+        return x.new_empty(x.shape), residual.new_empty(x.shape)
+
+    def cpu(x, *args):
+        weight, bias, eps = unpack_args(args)
+        _check_norm(name, x, weight, bias, None)
+        return compute(x.float(), weight, bias, eps).to(x.dtype)
+
+    def add_cpu(x, residual, *args):
+        weight, bias, eps = unpack_args(args)
+        _check_norm(name, x, weight, bias, residual)
+        s = x.float() + residual.float()
+        return compute(s, weight, bias, eps).to(x.dtype), s.to(residual.dtype)
+
+    def launch(x, residual, args):
+        from tiny_gemm.triton_fused_transformer import norm
+
+        weight, bias, eps = unpack_args(args)
+        _check_norm(name, x, weight, bias, residual)
+        return norm.norm(x, residual, weight, bias, eps, subtract_mean=name == "layer_norm")
+
+    _register(plain_schema, fake=fake, cpu=cpu, cuda=lambda x, *args: launch(x, None, args)[0])
+    _register(add_schema, fake=add_fake, cpu=add_cpu, cuda=lambda x, residual, *args: launch(x, residual, args))
+
+
+_register_norm(
+    "rms_norm",
+    "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
+    "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
+    # F.rms_norm is composite on a CPU, and slower than this.
+    lambda s, weight, bias, eps: s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight.float(),
+)
+_register_norm(
+    "layer_norm",
+    "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
+    "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
+    lambda s, weight, bias, eps: F.layer_norm(
+        s, s.shape[-1:], weight.float(), None if bias is None else bias.float(), eps
+    ),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fused_attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """softmax(q @ k.T * scale) @ v in one launch, with grouped-query heads and without materialising the scores.
+
+    q: [B, Hq, Lq, D]; k, v: [B, Hkv, Lk, D] with Hq a multiple of Hkv (not repeated); last dimension contiguous, other
+    strides free. D: 64, 80, 96, 128 or 256. causal is aligned bottom-right: query i sees keys j <= i + Lk - Lq, as
+    decoding against a cache needs; a query that sees no key gives zeros. scale: default D ** -0.5.
+    dropout_p: probabilities are dropped and the rest scaled by 1 / (1 - p), as torch does; the mask is
+    reference.philox_uniform of (seed, element), the same on every device.
+    Returns [B, Hq, Lq, D] in q's dtype, laid out as [B, Lq, Hq, D] so that the output projection needs no copy.
+    """
+    return torch.ops.tiny_gemm.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+def _check_heads(op: str, q_heads: int, kv_heads: int, head_size: int) -> None:
+    if kv_heads == 0 or q_heads == 0 or q_heads % kv_heads:
+        raise ValueError(f"{op}: {q_heads} query heads must be a positive multiple of {kv_heads} KV heads")
+    if head_size not in HEAD_SIZES:
+        raise ValueError(f"{op}: head size {head_size} must be one of {HEAD_SIZES}")
+
+
+def _check_fused_attention(q, k, v, dropout_p) -> None:
+    op = "fused_attention"
+    _check_tensors(op, q, {"k": k, "v": v}, same_dtype=("k", "v"))
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{op}: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, they must be [B, H, L, D]")
+    b, q_heads, _, d = q.shape
+    _check_heads(op, q_heads, k.shape[1], d)
+    _check_shape(op, "k", k, (b, k.shape[1], k.shape[2], d))
+    _check_shape(op, "v", v, tuple(k.shape))
+    if 0 in (b, q.shape[2], k.shape[2]):
+        raise ValueError(f"{op}: batch {b}, Lq={q.shape[2]}, Lk={k.shape[2]} must be positive")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{op}: dropout_p={dropout_p} must be at least 0 and below 1")
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(-1) != 1:
+            raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
+
+
+def _attention_output(q: Tensor) -> Tensor:
+    b, heads, length, d = q.shape
+    return q.new_empty((b, length, heads, d)).transpose(1, 2)
+
+
+def _fused_attention_fake(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
+    _check_fused_attention(q, k, v, dropout_p)
+    return _attention_output(q)
+
+
+def _fused_attention_cpu(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
+    _check_fused_attention(q, k, v, dropout_p)
+    b, q_heads, lq, d = q.shape
+    kv_heads, lk = k.shape[1:3]
+    out = _attention_output(q)
+    if dropout_p:
+        y = reference.fused_attention_ref(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+        return out.copy_(y)
+    # The query heads of a group become further rows of one head, so that K and V are not repeated.
+    rows = q.reshape(b, kv_heads, q_heads // kv_heads * lq, d)
+    mask = None
+    if causal and lq > 1:
+        mask = torch.ones(lq, lk, dtype=torch.bool).tril(lk - lq).repeat(q_heads // kv_heads, 1)
+    y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
+    if mask is not None and lq > lk:
+        y = y.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+    return out.copy_(y.reshape(b, q_heads, lq, d))
+
+
+def _fused_attention_cuda(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
+    from tiny_gemm.triton_fused_transformer import attention
+
+    _check_fused_attention(q, k, v, dropout_p)
+    return attention.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+_register(
+    "fused_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, float? scale=None, float dropout_p=0.0,"
+    " int seed=0) -> Tensor",
+    fake=_fused_attention_fake,
+    cpu=_fused_attention_cpu,
+    cuda=_fused_attention_cuda,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# decode_attention
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """One decode step of attention in one launch: RoPE on q and k, append to the cache, attention over the cache.
+
+    q: [B, Hq, D]; k, v: [B, Hkv, D], the new token's; last dimension contiguous (they may be views of one QKV row).
+    k_cache, v_cache: [B, Hkv, Lmax, D], last dimension contiguous, WRITTEN IN PLACE at position lengths[b].
+    lengths: int32 [B] on the device: tokens already in the cache. Not advanced here: all layers of a step share it.
+    rope_cos, rope_sin: float32 [>= Lmax, R / 2], row p for position p, rotate-half pairing (d with d + R / 2) over the
+    first R <= D dimensions; None for no RoPE. scale: default D ** -0.5.
+    A row with lengths[b] >= Lmax is not appended and attends to the Lmax cached tokens: a device cannot raise, so
+    callers must check. Returns [B, Hq, D] in q's dtype.
+    """
+    return torch.ops.tiny_gemm.decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
+
+
+def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin) -> None:
+    op = "decode_attention"
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
+    _check_tensors(op, q, tensors, same_dtype=tuple(tensors))
+    _check_tensors(op, q, {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin})
+    if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4:
+        raise ValueError(
+            f"{op}: q, k, k_cache have {q.dim()}, {k.dim()}, {k_cache.dim()} dimensions, "
+            "they must be [B, Hq, D], [B, Hkv, D], [B, Hkv, Lmax, D]"
+        )
+    b, q_heads, d = q.shape
+    kv_heads, max_length = k_cache.shape[1:3]
+    _check_heads(op, q_heads, kv_heads, d)
+    if b == 0 or max_length == 0:
+        raise ValueError(f"{op}: batch {b} and cache length {max_length} must be positive")
+    for name, t, shape in (
+        ("k", k, (b, kv_heads, d)),
+        ("v", v, (b, kv_heads, d)),
+        ("k_cache", k_cache, (b, kv_heads, max_length, d)),
+        ("v_cache", v_cache, (b, kv_heads, max_length, d)),
+        ("lengths", lengths, (b,)),
+    ):
+        _check_shape(op, name, t, shape)
+    if lengths.dtype != torch.int32:
+        raise TypeError(f"{op}: lengths is {lengths.dtype}, it must be int32")
+    if (rope_cos is None) != (rope_sin is None):
+        raise ValueError(f"{op}: rope_cos and rope_sin must both be given or both be None")
+    if rope_cos is not None:
+        if rope_cos.dtype != torch.float32 or rope_sin.dtype != torch.float32:
+            raise TypeError(f"{op}: rope_cos is {rope_cos.dtype}, rope_sin {rope_sin.dtype}; both must be float32")
+        if rope_cos.dim() != 2 or rope_cos.shape != rope_sin.shape or rope_cos.shape[0] < max_length:
+            raise ValueError(
+                f"{op}: rope_cos {tuple(rope_cos.shape)} and rope_sin {tuple(rope_sin.shape)} must have one shape, "
+                f"[at least {max_length}, R / 2]"
+            )
+        if not 0 < 2 * rope_cos.shape[1] <= d:
+            raise ValueError(f"{op}: RoPE over {2 * rope_cos.shape[1]} dimensions must be at most the head size {d}")
+    for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.stride(-1) != 1:
+            raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
+
+
+def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+    return q.new_empty(q.shape)
+
+
+def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+    b, q_heads, d = q.shape
+    kv_heads, max_length = k_cache.shape[1:3]
+    if rope_cos is not None:
+        positions = lengths.clamp(max=max_length - 1).long()
+        cos, sin = rope_cos[positions].unsqueeze(1), rope_sin[positions].unsqueeze(1)
+        q, k = reference.rotate_half(q.float(), cos, sin).to(q.dtype), reference.rotate_half(k.float(), cos, sin)
+    out = q.new_empty(b, q_heads, d)
+    for row, length in enumerate(lengths.tolist()):
+        if length < max_length:
+            k_cache[row, :, length] = k[row]
+            v_cache[row, :, length] = v[row]
+        seen = slice(0, min(length + 1, max_length))
+        grouped = q[row].view(1, kv_heads, q_heads // kv_heads, d)
+        seen_k, seen_v = k_cache[None, row, :, seen], v_cache[None, row, :, seen]
+        y = F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale)
+        out[row] = y.view(q_heads, d)
+    return out
+
+
+def _decode_attention_cuda(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
+    from tiny_gemm.triton_fused_transformer import decode_attention as decode
+
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+    return decode.decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
+
+
+_register(
+    "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths,"
+    " Tensor? rope_cos=None, Tensor? rope_sin=None, *, float? scale=None) -> Tensor",
+    fake=_decode_attention_fake,
+    cpu=_decode_attention_cpu,
+    cuda=_decode_attention_cuda,
+)

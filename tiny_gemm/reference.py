@@ -1,0 +1,178 @@
+"""The plain-torch meaning of every op: the oracle that the kernels and CPU implementations are tested against.
+
+Each function computes in float64, whatever it is given, and returns float64: `op_ref(...)` is what `op(...)` would be
+without rounding. Shapes and arguments are those of tiny_gemm.ops.
+"""
+
+import torch
+from torch import Tensor
+
+from tiny_gemm.quantize_utils import Int4Weight, dequantize
+
+ACTIVATIONS = {
+    "gelu": lambda x: torch.nn.functional.gelu(x),
+    "gelu_tanh": lambda x: torch.nn.functional.gelu(x, approximate="tanh"),
+    "relu": torch.relu,
+    "silu": torch.nn.functional.silu,
+}
+
+
+def int4_gemm_ref(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] @ W.T + bias -> [..., N]."""
+    y = x.double() @ dequantize(weight, torch.float64).T
+    return y if bias is None else y + bias.double()
+
+
+def fused_ffn_ref(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    w_gate: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """act(x @ w1 + b1) @ w2 + b2, gated (act(x @ w_gate) * (x @ w1 + b1)) @ w2 + b2; w1, w_gate [d, h], w2 [h, n]."""
+    act, x = ACTIVATIONS[activation], x.double()
+    hidden = x @ w1.double()
+    if b1 is not None:
+        hidden = hidden + b1.double()
+    hidden = act(hidden) if w_gate is None else act(x @ w_gate.double()) * hidden
+    y = hidden @ w2.double()
+    return y if b2 is None else y + b2.double()
+
+
+def int4_ffn_ref(
+    x: Tensor,
+    w1: Int4Weight,
+    b1: Tensor | None,
+    w2: Int4Weight,
+    b2: Tensor | None,
+    w_gate: Int4Weight | None = None,
+    *,
+    activation: str = "gelu",
+) -> Tensor:
+    """fused_ffn_ref over dequantized weights (an Int4Weight is [out, in], hence the transposes)."""
+    dense = lambda w: None if w is None else dequantize(w, torch.float64).T  # noqa: E731
+    return fused_ffn_ref(x, dense(w1), b1, dense(w2), b2, dense(w_gate), activation=activation)
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: float = 1e-6):
+    """s = x + residual; s / sqrt(mean(s^2) + eps) * weight; with a residual, (that, s)."""
+    s = x.double() if residual is None else x.double() + residual.double()
+    y = s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight.double()
+    return y if residual is None else (y, s)
+
+
+def layer_norm_ref(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, *, eps: float = 1e-5
+):
+    """s = x + residual; (s - mean) / sqrt(var + eps) * weight + bias; with a residual, (that, s)."""
+    s = x.double() if residual is None else x.double() + residual.double()
+    bias = None if bias is None else bias.double()
+    y = torch.nn.functional.layer_norm(s, s.shape[-1:], weight.double(), bias, eps)
+    return y if residual is None else (y, s)
+
+
+def philox_uniform(seed: int, offsets: Tensor) -> Tensor:
+    """Uniform fp32 numbers in [0, 1): what Triton's tl.rand(seed, offsets) gives, bit for bit.
+
+    offsets: int32 or int64, not negative; any shape. Philox4x32-10 (Salmon et al., SC 2011) with the offset as the low
+    two words of the counter and the seed as the key; the first of the four words that come out becomes the float.
+    """
+    mask = 0xFFFFFFFF
+    offsets = offsets.to(torch.int64)
+    c0, c1 = offsets & mask, (offsets >> 32) & mask
+    c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
+    k0, k1 = seed & mask, (seed >> 32) & mask
+    for _ in range(10):
+        product_0, product_2 = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # int64 wraps; its 64 bits are those of the product
+        c0, c2 = ((product_2 >> 32) & mask) ^ c1 ^ k0, ((product_0 >> 32) & mask) ^ c3 ^ k1
+        c1, c3 = product_2 & mask, product_0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    signed = torch.where(c0 >= 2**31, c0 - 2**32, c0)
+    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * 4.6566127342e-10
+
+
+def dropout_keep_mask(seed: int, dropout_p: float, batch: int, heads: int, Lq: int, Lk: int, device=None) -> Tensor:
+    """Which attention probabilities survive dropout: bool [B, Hq, Lq, Lk], those whose uniform number is >= dropout_p.
+
+    The number of probability (b, h, i, j) is philox_uniform(seed, ((b * Hq + h) * Lq + i) * Lk + j).
+    """
+    offsets = torch.arange(batch * heads * Lq * Lk, device=device).view(batch, heads, Lq, Lk)
+    return philox_uniform(seed, offsets) >= dropout_p
+
+
+def fused_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: int = 0,
+) -> Tensor:
+    """softmax(q @ k.T * scale) @ v for q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]; head h reads KV head h // (Hq / Hkv).
+
+    causal: query i sees keys j <= i + Lk - Lq; a row that sees none is zero. Dropout zeroes probabilities after the
+    softmax and multiplies the others by 1 / (1 - dropout_p).
+    """
+    batch, heads, Lq, D = q.shape
+    Lk = k.shape[2]
+    group = heads // k.shape[1]
+    q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    scores = q @ k.mT * (D**-0.5 if scale is None else scale)
+    if causal:
+        i, j = torch.arange(Lq, device=q.device)[:, None], torch.arange(Lk, device=q.device)
+        last = i + Lk - Lq
+        probabilities = scores.masked_fill(j > last, float("-inf")).softmax(-1).masked_fill(last < 0, 0.0)
+    else:
+        probabilities = scores.softmax(-1)
+    if dropout_p > 0:
+        keep = dropout_keep_mask(seed, dropout_p, batch, heads, Lq, Lk, q.device)
+        probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
+    return probabilities @ v
+
+
+def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [..., D]: dimension i pairs with i + R / 2 (cos, sin [..., R / 2]); dimensions past R pass through."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def decode_attention_ref(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    rope_cos: Tensor | None = None,
+    rope_sin: Tensor | None = None,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One new token a sequence: (output [B, Hq, D], k_cache, v_cache), the caches being copies with it appended.
+
+    The token of row b stands at position lengths[b] and sees itself and what the cache holds before it. At
+    lengths[b] >= Lmax nothing is appended: q, rotated for position Lmax - 1, sees the Lmax cached tokens.
+    """
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    Lmax = k_cache.shape[2]
+    outputs = []
+    for b, length in enumerate(lengths.tolist()):
+        q_row, k_row = q[b].double(), k[b].double()
+        if rope_cos is not None:
+            position = min(length, Lmax - 1)
+            cos, sin = rope_cos[position].double(), rope_sin[position].double()
+            q_row, k_row = rotate_half(q_row, cos, sin), rotate_half(k_row, cos, sin)
+        if length < Lmax:
+            k_cache[b, :, length] = k_row.to(k_cache.dtype)
+            v_cache[b, :, length] = v[b].to(v_cache.dtype)
+        visible = slice(0, min(length + 1, Lmax))
+        row = (q_row[None, :, None], k_cache[b : b + 1, :, visible], v_cache[b : b + 1, :, visible])
+        outputs.append(fused_attention_ref(*row, scale=scale)[0, :, 0])
+    return torch.stack(outputs), k_cache, v_cache

@@ -1,0 +1,1 @@
+"""The fused transformer kernels: attention (prefill and decode), FFN, norms."""

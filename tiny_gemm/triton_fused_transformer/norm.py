@@ -1,0 +1,80 @@
+"""RMSNorm and LayerNorm with an optional residual addition, one launch.
+
+    s = x (+ residual)
+    RMSNorm    y = s / sqrt(mean(s^2) + eps) * weight                    (Zhang and Sennrich, 2019)
+    LayerNorm  y = (s - mean(s)) / sqrt(var(s) + eps) * weight + bias    (Ba, Kiros and Hinton, 2016)
+
+One program a row, which it holds in registers; all arithmetic is float32.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiny_gemm.device import device_guard
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,  # [ROWS, D], rows stride_xm apart
+    residual_ptr,  # [ROWS, D] contiguous, or None
+    weight_ptr,  # [D]
+    bias_ptr,  # [D] or None
+    y_ptr,  # [ROWS, D] contiguous
+    s_ptr,  # [ROWS, D] contiguous: x + residual; None without one
+    D,
+    stride_xm,
+    eps,
+    SUBTRACT_MEAN: tl.constexpr,  # LayerNorm
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    offs = tl.arange(0, BLOCK_D)
+    mask = offs < D
+    s = tl.load(x_ptr + row * stride_xm + offs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_D]
+    if residual_ptr is not None:
+        s += tl.load(residual_ptr + row * D + offs, mask=mask, other=0.0).to(tl.float32)
+        tl.store(s_ptr + row * D + offs, s.to(s_ptr.dtype.element_ty), mask=mask)
+    if SUBTRACT_MEAN:
+        s = tl.where(mask, s - tl.sum(s) / D, 0.0)
+    y = s * tl.rsqrt(tl.sum(s * s) / D + eps) * tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        y += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + row * D + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def pick_num_warps(d: int) -> int:
+    """Warps for a row of d elements: 8 or so elements a thread, 16 warps at most."""
+    return min(16, max(1, triton.next_power_of_2(d) // 256))
+
+
+def norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, subtract_mean: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(y, s) for x [..., D]; s is None without a residual. See ops.rms_norm and ops.layer_norm."""
+    d = x.shape[-1]
+    rows = x.reshape(-1, d)
+    if rows.stride(-1) != 1:
+        rows = rows.contiguous()
+    y = x.new_empty(x.shape)
+    s = None
+    if residual is not None:
+        residual = residual.contiguous()
+        s = residual.new_empty(x.shape)
+    if rows.shape[0]:
+        with device_guard(x):
+            _norm_kernel[(rows.shape[0],)](
+                rows,
+                residual,
+                weight.contiguous(),
+                None if bias is None else bias.contiguous(),
+                y,
+                s,
+                d,
+                rows.stride(0),
+                eps,
+                SUBTRACT_MEAN=subtract_mean,
+                BLOCK_D=triton.next_power_of_2(d),
+                num_warps=pick_num_warps(d),
+            )
+    return y, s
