@@ -1,0 +1,170 @@
+"""Compiles Triton kernels for every target without a GPU and says what came out. Test-only; made for triton 3.6.
+
+    compiled = aot.compile_kernel(_my_kernel, "sm_80", {"x_ptr": "*bf16", "N": "i32"}, {"BLOCK_N": 64}, num_warps=4)
+    aot.check(compiled, tensor_cores=True, vector_loads=True)
+
+Registers and SASS come from the cuobjdump, nvdisasm and ptxas in Triton's own wheel, AMD's counts from the assembly.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tiny_gemm.device import DeviceFacts
+
+KIB = 1024
+SHARED_MEMORY_LIMIT = {  # bytes a block may use
+    "sm_80": 163 * KIB,
+    "sm_86": 99 * KIB,
+    "sm_89": 99 * KIB,
+    "sm_90": 227 * KIB,
+    "sm_100": 227 * KIB,
+    "sm_120": 99 * KIB,
+    "gfx942": 64 * KIB,
+}
+TARGETS = tuple(SHARED_MEMORY_LIMIT)
+
+_NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_SASS_PATTERNS = {
+    "LDG.128": r"\bLDG\.E(?:\.\w+)*\.128\b",
+    "LDGSTS.128": r"\bLDGSTS\.E(?:\.\w+)*\.128\b",  # cp.async
+    "LDG": r"\bLDG\.",
+    "LDGSTS": r"\bLDGSTS\.",
+    "UTMALDG": r"\bUTMALDG",  # bulk tensor copy
+    "HMMA": r"\bHMMA\.",  # mma.sync
+    "HGMMA": r"\bHGMMA\.",  # wgmma
+    "UTCHMMA": r"\bUTC\w*MMA",  # tcgen05
+    "LOP3": r"\bLOP3\b",
+    "ATOM": r"\b(?:ATOMG?|ATOMS|REDG?)\.",
+    "LOCAL": r"\b(?:LDL|STL)\b",
+}
+_AMD_PATTERNS = {
+    "load_b128": r"\b(?:global|buffer)_load_(?:dwordx4|b128)\b",
+    "mfma": r"\bv_mfma",
+}
+_TENSOR_CORE_INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "mfma")
+_VECTOR_LOADS = ("LDG.128", "LDGSTS.128", "UTMALDG", "load_b128")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What one kernel became on one target; sizes in bytes, counts of instructions in the static code."""
+
+    name: str
+    target: str
+    registers: int
+    spills: int  # bytes on NVIDIA (stores + loads), registers on AMD
+    shared_memory: int
+    instructions: dict[str, int] = field(default_factory=dict)
+    assembly: str = field(default="", repr=False)
+
+    def count(self, *names: str) -> int:
+        """How many instructions of these kinds there are; the names are the keys of the pattern tables above."""
+        return sum(self.instructions.get(name, 0) for name in names)
+
+
+def device_facts(target: str) -> DeviceFacts:
+    """What pick_config would be asked on a large chip of this target."""
+    number = target.removeprefix("sm_")
+    capability = (9, 4) if target.startswith("gfx") else (int(number[:-1]), int(number[-1]))
+    return DeviceFacts(target, capability, 132, SHARED_MEMORY_LIMIT[target], 2**25, not target.startswith("gfx"))
+
+
+def compile_kernel(
+    kernel: triton.JITFunction,
+    target: str,
+    signature: Mapping[str, str],
+    constants: Mapping[str, object],
+    *,
+    unaligned: Iterable[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+    **options,
+) -> Compiled:
+    """Compiles `kernel` for `target` (one of TARGETS).
+
+    `signature` gives the Triton type of every argument that is not in `constants`, which holds the constexprs (and
+    arguments that are None or 1). Pointers and integers count as divisible by 16, as the launcher would find for usual
+    shapes, but for those named in `unaligned`.
+    """
+    index = {name: i for i, name in enumerate(kernel.arg_names)}
+    types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
+    aligned = [n for n, t in types.items() if (t.startswith("*") or re.fullmatch(r"[iu]\d+", t)) and n not in unaligned]
+    source = ASTSource(
+        fn=kernel,
+        signature=types,
+        constexprs={(index[name],): value for name, value in constants.items()},
+        attrs={(index[name],): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, **options}
+    binary = triton.compile(source, target=_gpu_target(target), options=options)
+    inspect = _inspect_amd if target.startswith("gfx") else _inspect_nvidia
+    return Compiled(kernel.__name__, target, shared_memory=binary.metadata.shared, **inspect(binary))
+
+
+def check(compiled: Compiled, *, tensor_cores: bool = True, vector_loads: bool = True, may_spill: bool = False) -> None:
+    """Asserts shared memory within the target's limit, no spills, tensor-core instructions and 128-bit loads."""
+    limit = SHARED_MEMORY_LIMIT[compiled.target]
+    assert compiled.shared_memory <= limit, f"{compiled}: more shared memory than {limit} bytes"
+    assert may_spill or compiled.spills == 0, f"{compiled}: registers spilled"
+    assert not tensor_cores or compiled.count(*_TENSOR_CORE_INSTRUCTIONS), f"{compiled}: no tensor-core instruction"
+    assert not vector_loads or compiled.count(*_VECTOR_LOADS), f"{compiled}: no 128-bit load"
+
+
+def _gpu_target(target: str) -> GPUTarget:
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+
+
+@cache
+def _tool(name: str) -> str:
+    bundled = _NVIDIA_TOOLS / name
+    return str(bundled) if bundled.exists() else name
+
+
+def _run(*command: str) -> str:
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+def _inspect_nvidia(binary) -> dict:
+    ptxas = "ptxas-blackwell" if binary.metadata.target.arch >= 100 else "ptxas"
+    machine = re.search(r"\.target\s+(sm_\w+)", binary.asm["ptx"])[1]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(binary.asm["cubin"])
+        ptx.write_text(binary.asm["ptx"])
+        usage = _run(_tool("cuobjdump"), "--dump-resource-usage", str(cubin))
+        sass = _run(_tool("nvdisasm"), str(cubin))
+        report = _run(_tool(ptxas), "-v", f"--gpu-name={machine}", str(ptx), "-o", os.devnull)
+    stores, loads = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report).groups()
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "spills": int(stores) + int(loads),
+        "instructions": _count(_SASS_PATTERNS, sass),
+        "assembly": sass,
+    }
+
+
+def _inspect_amd(binary) -> dict:
+    assembly = binary.asm["amdgcn"]
+    return {
+        "registers": int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1]),
+        "spills": int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1]),
+        "instructions": _count(_AMD_PATTERNS, assembly),
+        "assembly": assembly,
+    }
+
+
+def _count(patterns: dict[str, str], assembly: str) -> dict[str, int]:
+    return {name: n for name, pattern in patterns.items() if (n := len(re.findall(pattern, assembly)))}

@@ -1,0 +1,343 @@
+"""Every op, on CPU and on a GPU: right by a float64 oracle, the same bits again, and at home in torch.
+
+Each op is a Case here; what all ops must do (opcheck, torch.compile, export, CUDA graphs, determinism, the same bits for
+a row alone and in a batch) is tested once for all of them. Odd shapes and options of one op are in the test file of its
+kernel.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from conftest import assert_close
+
+from tiny_gemm import ops, reference
+from tiny_gemm.quantize_utils import Int4Weight, quantize
+
+DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def int4(n, k, group_size, symmetric, seed=0):
+    return quantize(randn(n, k, seed=seed), group_size, symmetric=symmetric)
+
+
+@dataclass(frozen=True)
+class Case:
+    """make(rows, dtype) -> (positional, keyword) arguments of `op`; the oracle takes the same. Rows are dimension 0."""
+
+    op: Callable
+    oracle: Callable
+    make: Callable
+    batched: tuple[int, ...] = (0,)  # which positional arguments have a row for each row of the batch
+    mutated: tuple[int, ...] = ()
+
+
+def int4_gemm_case(n, k, group_size, symmetric):
+    def make(rows, dtype):
+        return (randn(rows, k, seed=1, dtype=dtype), int4(n, k, group_size, symmetric), randn(n, seed=2, dtype=dtype)), {}
+
+    return Case(ops.int4_gemm, reference.int4_gemm_ref, make)
+
+
+def ffn_case(d, h, n, gated, activation):
+    def make(rows, dtype):
+        weight = lambda i, o, seed: (randn(o, i, seed=seed) / i**0.5).to(dtype).t()  # noqa: E731 (as nn.Linear.weight.t())
+        gate = weight(d, h, 3) if gated else None
+        biases = randn(h, seed=4, dtype=dtype), randn(n, seed=5, dtype=dtype)
+        x = randn(rows, d, seed=6, dtype=dtype)
+        return (x, weight(d, h, 7), biases[0], weight(h, n, 8), biases[1], gate), {"activation": activation}
+
+    return Case(ops.fused_ffn, reference.fused_ffn_ref, make)
+
+
+def int4_ffn_case(d, h, n, gated, activation, group_size, symmetric):
+    def make(rows, dtype):
+        gate = int4(h, d, group_size, symmetric, 3) if gated else None
+        w1, w2 = int4(h, d, group_size, symmetric, 4), int4(n, h, group_size, symmetric, 5)
+        x = (randn(rows, d, seed=6) / d**0.5).to(dtype)
+        return (x, w1, None, w2, None, gate), {"activation": activation}
+
+    return Case(ops.int4_ffn, reference.int4_ffn_ref, make)
+
+
+def norm_case(op, oracle, d, with_bias, with_residual):
+    def make(rows, dtype):
+        x, weight = randn(rows, d, seed=1, dtype=dtype), randn(d, seed=2, dtype=dtype)
+        residual = randn(rows, d, seed=3) if with_residual else None
+        bias = (randn(d, seed=4, dtype=dtype),) if with_bias else ()
+        return (x, weight, *bias, residual), {}
+
+    return Case(op, oracle, make, batched=(0, 3 if with_bias else 2))
+
+
+def attention_case(heads, kv_heads, length, kv_length, d, causal):
+    def make(rows, dtype):
+        q = randn(rows, heads, length, d, seed=1, dtype=dtype)
+        k, v = (randn(rows, kv_heads, kv_length, d, seed=s, dtype=dtype) for s in (2, 3))
+        return (q, k, v), {"causal": causal}
+
+    return Case(ops.fused_attention, reference.fused_attention_ref, make, batched=(0, 1, 2))
+
+
+def decode_case(heads, kv_heads, d, max_length):
+    def make(rows, dtype):
+        row = randn(rows, heads + 2 * kv_heads, d, seed=1, dtype=dtype)
+        q, k, v = row.split((heads, kv_heads, kv_heads), dim=1)
+        caches = [randn(rows, kv_heads, max_length, d, seed=s, dtype=dtype) for s in (2, 3)]
+        lengths = torch.tensor([(37 * r + max_length // 2) % max_length for r in range(rows)], dtype=torch.int32)
+        angles = torch.outer(torch.arange(max_length), 1e4 ** -(torch.arange(d // 2) / (d // 2)))
+        return (q, k, v, *caches, lengths, angles.cos(), angles.sin()), {}
+
+    oracle = lambda *args, **kwargs: reference.decode_attention_ref(*args, **kwargs)[0]  # noqa: E731
+    return Case(ops.decode_attention, oracle, make, batched=(0, 1, 2, 3, 4, 5), mutated=(3, 4))
+
+
+CASES = {
+    "int4_gemm-g128": int4_gemm_case(192, 256, 128, True),
+    "int4_gemm-g32-zeros": int4_gemm_case(49, 576, 32, False),
+    "fused_ffn-gelu": ffn_case(96, 160, 80, False, "gelu"),
+    "fused_ffn-swiglu": ffn_case(64, 96, 64, True, "silu"),
+    "int4_ffn-gelu": int4_ffn_case(128, 256, 64, False, "gelu", 64, True),
+    "int4_ffn-swiglu": int4_ffn_case(96, 160, 96, True, "silu", 32, False),
+    "rms_norm": norm_case(ops.rms_norm, reference.rms_norm_ref, 100, False, False),
+    "rms_norm-residual": norm_case(ops.rms_norm, reference.rms_norm_ref, 576, False, True),
+    "layer_norm": norm_case(ops.layer_norm, reference.layer_norm_ref, 100, True, False),
+    "layer_norm-residual": norm_case(ops.layer_norm, reference.layer_norm_ref, 96, True, True),
+    "fused_attention": attention_case(9, 3, 37, 41, 64, True),
+    "fused_attention-decode": attention_case(14, 2, 1, 100, 80, False),
+    "decode_attention": decode_case(9, 3, 64, 200),
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+
+def to(value, device):
+    return value.to(device) if isinstance(value, torch.Tensor | Int4Weight) else value
+
+
+def arguments(case, rows, dtype, device):
+    args, kwargs = case.make(rows, dtype)
+    return tuple(to(a, device) for a in args), kwargs
+
+
+def fresh(case, args):
+    """The arguments with what the op writes to copied."""
+    return tuple(a.clone() if i in case.mutated else a for i, a in enumerate(args))
+
+
+def flat(result):
+    return result if isinstance(result, tuple) else (result,)
+
+
+def overload_and_parts(case, args, kwargs):
+    """The torch.ops overload and its schema's arguments, caught from the Python function's own call."""
+    caught = []
+
+    class Catch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, call_args=(), call_kwargs=None):
+            if func.namespace == "tiny_gemm":
+                caught.append((func, call_args, call_kwargs or {}))
+            return func(*call_args, **(call_kwargs or {}))
+
+    with Catch():
+        case.op(*fresh(case, args), **kwargs)
+    return caught[0]
+
+
+@every_device
+@pytest.mark.parametrize("rows", [1, 5], ids=["row", "rows"])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32], ids=str)
+@every_case
+def test_matches_the_oracle(case, dtype, rows, device, poisoned):
+    args, kwargs = arguments(case, rows, dtype, device)
+    if device == "cuda" and dtype == torch.float32 and case.op in (ops.int4_gemm, ops.int4_ffn):
+        with pytest.raises(TypeError, match="bfloat16 or float16"):
+            case.op(*args, **kwargs)
+        return
+    expected = flat(case.oracle(*args, **kwargs))
+    actual = flat(case.op(*fresh(case, args), **kwargs))
+    # A fused FFN rounds its hidden activation, ATen's CPU kernel its scales, attention its probabilities: twice once.
+    for a, e in zip(actual, expected, strict=True):
+        assert_close(a, e, factor=2.0)
+        if a.dtype != torch.float32:
+            assert a.dtype == dtype
+
+
+@every_device
+@every_case
+def test_opcheck(case, device):
+    args, kwargs = arguments(case, 2, torch.bfloat16, device)
+    overload, parts, part_kwargs = overload_and_parts(case, args, kwargs)
+    torch.library.opcheck(overload, parts, part_kwargs, rtol=2e-2, atol=2e-2)
+
+
+@every_device
+@every_case
+def test_compiles_without_a_graph_break(case, device):
+    args, kwargs = arguments(case, 2, torch.bfloat16, device)
+    torch._dynamo.reset()
+    compiled = torch.compile(case.op, fullgraph=True)
+    for a, e in zip(
+        flat(compiled(*fresh(case, args), **kwargs)), flat(case.op(*fresh(case, args), **kwargs)), strict=True
+    ):
+        assert torch.equal(a, e)
+
+
+@every_device
+@every_case
+def test_exports(case, device):
+    args, kwargs = arguments(case, 2, torch.bfloat16, device)
+    overload, parts, part_kwargs = overload_and_parts(case, args, kwargs)
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors):
+            it = iter(tensors)
+            return overload(*(next(it) if isinstance(p, torch.Tensor) else p for p in parts), **part_kwargs)
+
+    tensors = tuple(p for p in parts if isinstance(p, torch.Tensor))
+    clones = tuple(t.clone() for t in tensors)
+    program = torch.export.export(Module(), clones)
+    assert any(node.target is overload or "tiny_gemm" in str(node.target) for node in program.graph.nodes)
+    actual = flat(program.module()(*(t.clone() for t in tensors)))
+    expected = flat(Module()(*(t.clone() for t in tensors)))
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a, e)
+
+
+@every_device
+@every_case
+def test_same_bits_again(case, device):
+    args, kwargs = arguments(case, 3, torch.bfloat16, device)
+    first = flat(case.op(*fresh(case, args), **kwargs))
+    for _ in range(100 if device == "cuda" else 5):
+        for a, e in zip(flat(case.op(*fresh(case, args), **kwargs)), first, strict=True):
+            assert torch.equal(a, e)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@every_case
+def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_8(case, dtype, device):
+    if device == "cpu" and case.op in (ops.fused_ffn, ops.fused_attention, ops.int4_ffn, ops.int4_gemm):
+        pytest.skip("on CPU these are MKL and oneDNN calls, which choose their blocking by the number of rows")
+    args, kwargs = arguments(case, 8, dtype, device)
+    together = flat(case.op(*fresh(case, args), **kwargs))
+    for row in (0, 3, 7):
+        alone = tuple(a[row : row + 1].clone() if i in case.batched and a is not None else a for i, a in enumerate(args))
+        for a, e in zip(flat(case.op(*alone, **kwargs)), together, strict=True):
+            assert torch.equal(a[0], e[row]), f"row {row}"
+
+
+@pytest.mark.gpu
+@every_case
+def test_captures_in_a_cuda_graph(case):
+    args, kwargs = arguments(case, 4, torch.bfloat16, "cuda")
+    expected = flat(case.op(*fresh(case, args), **kwargs))
+    static = fresh(case, args)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        case.op(*static, **kwargs)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            captured = flat(case.op(*static, **kwargs))
+    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(3):
+        for c in captured:
+            c.fill_(float("nan"))
+        for i in case.mutated:
+            static[i].copy_(args[i])
+        graph.replay()
+        for a, e in zip(captured, expected, strict=True):
+            assert torch.equal(a, e)
+
+
+@every_device
+@every_case
+def test_no_rows_give_no_rows(case, device):
+    if case.op in (ops.fused_attention, ops.decode_attention):
+        pytest.skip("attention over no sequences is refused: see test_mistakes")
+    args, kwargs = arguments(case, 0, torch.bfloat16, device)
+    for result in flat(case.op(*args, **kwargs)):
+        assert result.shape[0] == 0
+
+
+def test_int4_linear_takes_either_weight():
+    x, weight = randn(3, 128), randn(16, 128)
+    assert torch.equal(ops.linear(x, weight), torch.nn.functional.linear(x, weight))
+    assert torch.equal(ops.linear(x, quantize(weight)), ops.int4_gemm(x, quantize(weight)))
+
+
+def test_writing_to_a_weight_shows():
+    """The CPU implementation keeps a copy of a weight in ATen's order; it must not outlive a change."""
+    weight, x = int4(16, 64, 32, True), randn(1, 64, dtype=torch.bfloat16)
+    before = ops.int4_gemm(x, weight)
+    weight.scales.mul_(2)
+    assert_close(ops.int4_gemm(x, weight), 2 * before.double(), factor=2)
+
+
+def test_the_ops_by_their_founding_names():
+    q, k = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
+    out = torch.ops.tiny_gemm.fused_attention(q, k, k, causal=True)
+    assert_close(out, reference.fused_attention_ref(q, k, k, causal=True))
+
+
+X, W = randn(2, 128), quantize(randn(32, 128))
+Q, K = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
+D3, KV3, CACHE = randn(2, 4, 64), randn(2, 2, 64), randn(2, 2, 16, 64)
+LENGTHS = torch.zeros(2, dtype=torch.int32)
+MISTAKES = {
+    "grad": (lambda: ops.int4_gemm(X.clone().requires_grad_(), W), ValueError, "requires grad"),
+    "grad-weight": (lambda: ops.rms_norm(X, torch.nn.Parameter(randn(128))), ValueError, "weight requires grad"),
+    "int-input": (lambda: ops.rms_norm(X.long(), X[0]), TypeError, "torch.int64"),
+    "k": (lambda: ops.int4_gemm(X[:, :96], W), ValueError, "K=96 must be a multiple of group_size=128"),
+    "packed": (lambda: ops.int4_gemm(randn(2, 256), W), ValueError, "packed of a 32 x 256 weight"),
+    "bias": (lambda: ops.int4_gemm(X, W, randn(31)), ValueError, r"bias has shape \(31,\), it must be \(32,\)"),
+    "bias-dtype": (lambda: ops.int4_gemm(X, W, randn(32).half()), TypeError, "one dtype"),
+    "scalar": (lambda: ops.int4_gemm(torch.tensor(1.0), W), ValueError, r"it must be \[..., K\]"),
+    "device": (lambda: ops.int4_gemm(X.to("meta"), W), ValueError, "one device"),
+    "activation": (lambda: ops.fused_ffn(X, X.T, None, X, None, activation="tanh"), ValueError, "activation='tanh'"),
+    "w2": (lambda: ops.fused_ffn(X, randn(128, 64), None, randn(63, 2), None), ValueError, "w2 has shape"),
+    "gate": (lambda: ops.int4_ffn(X, W, None, W, None, quantize(randn(16, 128))), ValueError, "w_gate must have w1's"),
+    "residual": (lambda: ops.rms_norm(X, X[0], X[:1]), ValueError, "residual has shape"),
+    "residual-dtype": (lambda: ops.rms_norm(X, X[0], X.half()), TypeError, "residual is torch.float16"),
+    "heads": (lambda: ops.fused_attention(Q[:, :3], K, K), ValueError, "3 query heads must be a positive multiple of 2"),
+    "head-size": (lambda: ops.fused_attention(Q[..., :48], K[..., :48], K[..., :48]), ValueError, "head size 48"),
+    "dropout": (lambda: ops.fused_attention(Q, K, K, dropout_p=1.0), ValueError, "dropout_p=1.0"),
+    "batch": (lambda: ops.fused_attention(Q, K.repeat(2, 1, 1, 1), K), ValueError, "k has shape"),
+    "dtypes": (lambda: ops.fused_attention(Q, K.half(), K), TypeError, "k is torch.float16"),
+    "no-sequence": (lambda: ops.fused_attention(Q[:0], K[:0], K[:0]), ValueError, "batch 0"),
+    "strided": (lambda: ops.fused_attention(Q.mT.contiguous().mT, K, K), ValueError, "must be contiguous"),
+    "lengths": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS.long()),
+        TypeError,
+        "lengths is torch.int64, it must be int32",
+    ),
+    "rope": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS, randn(8, 32), randn(8, 32)),
+        ValueError,
+        r"\[at least 16, R / 2\]",
+    ),
+    "half-rope": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS, randn(16, 32)),
+        ValueError,
+        "both be given",
+    ),
+    "cache": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE[:, :, :8], LENGTHS),
+        ValueError,
+        "v_cache has shape",
+    ),
+}
+
+
+@pytest.mark.parametrize(("call", "error", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_mistakes_name_the_value_and_the_rule(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
