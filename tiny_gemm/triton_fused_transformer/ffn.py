@@ -24,6 +24,7 @@ from tiny_gemm.quantize_utils import TILE_N, unit_k
 from tiny_gemm.triton_gemm import int4_tile, store_tile
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
+MAX_REGISTERS = 240  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -302,6 +303,8 @@ def _launch(kernel, config: FfnConfig, facts: DeviceFacts, x: Tensor, h: int, n:
     hidden = x.new_empty(m, h)
     if facts is not INTERPRETED:
         meta["launch_cooperative_grid"] = True
+    if facts.is_nvidia:
+        meta["maxnreg"] = MAX_REGISTERS
     with device_guard(x):
         kernel[(config.programs,)](
             x, *args, hidden, y, counters(x.device, 2, "barrier"), m, d, h, n, x.stride(0), *tail,

@@ -1,0 +1,159 @@
+"""The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
+
+import pytest
+import torch
+from conftest import assert_close
+
+from tiny_gemm import triton_gemm
+from tiny_gemm.device import DeviceFacts
+from tiny_gemm.quantize_utils import quantize, unit_k
+from tiny_gemm.reference import int4_gemm_ref
+
+H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, 50 * 2**20, is_nvidia=True)
+SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, 24 * 2**20, is_nvidia=True)
+
+
+def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
+    """(kernel's output, oracle) on random data; x is a strided view, so that its row stride is not K."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = quantize(
+        torch.randn(n, k, generator=generator), group_size, symmetric=symmetric, scale_dtype=scale_dtype
+    ).to(device)
+    x = torch.randn(m, k + 16, generator=generator).to(dtype).to(device)[:, :k]
+    bias = torch.randn(n, generator=generator).to(dtype).to(device) if with_bias else None
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, bias, group_size, n)
+    return y, int4_gemm_ref(x, weight, bias)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"),
+    [(1, 48, 256, 128), (3, 17, 576, 32), (9, 33, 96, 32), (2, 20, 100, -1), (5, 16, 192, 64), (40, 40, 320, 32)],
+    ids=["decode", "k576", "m9", "per-channel", "g64", "prefill"],
+)
+def test_matches_the_oracle_in_the_interpreter(m, n, k, group_size, symmetric, dtype, poisoned):
+    assert_close(*run(m, n, k, group_size, symmetric, dtype))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("plane", range(4))
+def test_unpack_gives_every_value(plane):
+    """All 16 nibbles through a weight whose only non-zero column is in one plane."""
+    q = torch.full((16, 128), 8, dtype=torch.uint8)
+    q[:, 32 * plane + 5] = torch.arange(16, dtype=torch.uint8)
+    from tiny_gemm.quantize_utils import pack
+
+    weight = pack(q, torch.ones(16, 1), None, 128)
+    x = torch.zeros(1, 128, dtype=torch.bfloat16)
+    x[0, 32 * plane + 5] = 1.0
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 128, 16)
+    assert y[0].tolist() == [float(v - 8) for v in range(16)]
+
+
+KERNELS = {  # name: (block_n, block_m, slices, warps, stages, unit, group_size, zeros)
+    "decode-g128": (16, 8, 8, 8, 4, 128, 128, None),
+    "decode-g64": (32, 16, 4, 4, 3, 128, 64, "*fp16"),
+    "decode-g32": (16, 8, 4, 4, 4, 64, 32, "*fp32"),
+    "decode-per-channel": (16, 8, 4, 4, 3, 128, -1, "*fp16"),
+    "prefill-g128": (64, 64, 0, 4, 3, 128, 128, None),
+    "prefill-g32": (64, 64, 0, 4, 3, 64, 32, "*fp32"),
+}
+
+
+def compile_gemm(target, name, dtype="bf16"):
+    import aot
+
+    block_n, block_m, slices, warps, stages, unit, group_size, zeros = KERNELS[name]
+    amd = target.startswith("gfx")
+    if amd:  # its matrix instructions are 16 wide, its shared memory 64 KB
+        block_m, stages = max(block_m, 16), 2
+    signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp16", "z_ptr": zeros, "y_ptr": f"*{dtype}"}
+    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+    constants = {"BLOCK_N": block_n, "BLOCK_M": block_m, "UNIT": unit, "GROUP_SIZE": group_size, "STAGES": stages}
+    constants |= {"USE_ASM": not amd, "bias_ptr": None} | ({} if zeros else {"z_ptr": None})
+    kernel = triton_gemm._int4_gemm_prefill_kernel
+    if slices:
+        kernel, constants["SLICES"] = triton_gemm._int4_gemm_kernel, slices
+    return aot.compile_kernel(kernel, target, signature, constants, num_warps=warps, unaligned=("M", "N"))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_compiles_for_every_target(target, name):
+    import aot
+
+    compiled = compile_gemm(target, name)
+    # A unit of 64 columns is 32 bytes a row: on AMD the compiler splits that into narrower loads.
+    aot.check(compiled, vector_loads=not (target == "gfx942" and "g32" in name))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_unpacking_costs_no_conversions(target, dtype):
+    """The nibbles become floats by lop3 and one packed operation; an int-to-float conversion would be I2F in the SASS."""
+    compiled = compile_gemm(target, "decode-g128", dtype)
+    assert "I2F" not in compiled.assembly and "LOP3" in compiled.assembly
+    assert compiled.count("LDGSTS.128") > 0, "weights come by 16-byte cp.async"
+
+
+@pytest.mark.parametrize("facts", [H100, SMALL_CHIP], ids=lambda f: f.name)
+@pytest.mark.parametrize("n", [192, 4096, 28672, 128256])
+@pytest.mark.parametrize("k", [576, 2048, 14336])
+def test_pick_config_fits_and_sums_in_one_order(n, k, facts):
+    configs = [triton_gemm.pick_config(m, n, k, facts) for m in (1, 2, 8, 9, 16)]
+    for config in [*configs, triton_gemm.pick_config(512, n, k, facts)]:
+        assert triton_gemm.shared_memory_bytes(config, unit_k(k)) <= facts.shared_memory_bytes
+    assert len({(c.block_n, c.slices, c.num_warps) for c in configs}) == 1  # block_m alone may depend on the batch
+    assert configs[0] == configs[1] == configs[2]
+
+
+def test_float32_is_refused_in_words():
+    with pytest.raises(TypeError, match="float32, on a GPU it must be bfloat16 or float16"):
+        run(1, 16, 64, 64, True, torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 100])
+def test_matches_the_oracle_on_a_gpu(m, symmetric, group_size, dtype, poisoned):
+    for n, k in [(64, 256), (17, 1152), (2048, 2048)]:
+        if group_size == 128 or k % 128 == 0:
+            assert_close(*run(m, n, k, group_size, symmetric, dtype, "cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [
+        (192, 576, 32),
+        (1536, 576, 32),
+        (576, 1536, 32),
+        (49152, 576, 32),
+        (100, 2880, 32),
+        (33, 7392, 32),
+        (48, 100, -1),
+    ],
+)
+@pytest.mark.parametrize("m", [1, 8, 70])
+def test_odd_shapes_of_real_models(m, n, k, group_size, scale_dtype, poisoned):
+    assert_close(*run(m, n, k, group_size, False, torch.bfloat16, "cuda", with_bias=False, scale_dtype=scale_dtype))
+
+
+@pytest.mark.gpu
+def test_error_is_no_worse_than_cublas():
+    """Against float64, on the same dequantized weights (which cuBLAS gets rounded to 16 bit)."""
+    from tiny_gemm.quantize_utils import dequantize
+
+    weight = quantize(torch.randn(4096, 4096), 128).to("cuda")
+    x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
+    oracle = int4_gemm_ref(x, weight)
+    error = lambda y: ((y.double() - oracle).norm() / oracle.norm()).item()  # noqa: E731
+    ours = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 128, 4096)
+    assert error(ours) <= error(x @ dequantize(weight, torch.bfloat16).T)
