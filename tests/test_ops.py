@@ -1,8 +1,8 @@
 """Every op, on CPU and on a GPU: right by a float64 oracle, the same bits again, and at home in torch.
 
-Each op is a Case here; what all ops must do (opcheck, torch.compile, export, CUDA graphs, determinism, the same bits for
-a row alone and in a batch) is tested once for all of them. Odd shapes and options of one op are in the test file of its
-kernel.
+Each op is a Case here; what all ops must do (opcheck, torch.compile, export, CUDA graphs, determinism, the same bits
+for a row alone and in a batch) is tested once for all of them. Odd shapes and options of one op are in the test file
+of its kernel.
 """
 
 from collections.abc import Callable
@@ -40,14 +40,19 @@ class Case:
 
 def int4_gemm_case(n, k, group_size, symmetric):
     def make(rows, dtype):
-        return (randn(rows, k, seed=1, dtype=dtype), int4(n, k, group_size, symmetric), randn(n, seed=2, dtype=dtype)), {}
+        return (
+            randn(rows, k, seed=1, dtype=dtype),
+            int4(n, k, group_size, symmetric),
+            randn(n, seed=2, dtype=dtype),
+        ), {}
 
     return Case(ops.int4_gemm, reference.int4_gemm_ref, make)
 
 
 def ffn_case(d, h, n, gated, activation):
     def make(rows, dtype):
-        weight = lambda i, o, seed: (randn(o, i, seed=seed) / i**0.5).to(dtype).t()  # noqa: E731 (as nn.Linear.weight.t())
+        # As nn.Linear.weight.t() is: transposed, not contiguous.
+        weight = lambda i, o, seed: (randn(o, i, seed=seed) / i**0.5).to(dtype).t()  # noqa: E731
         gate = weight(d, h, 3) if gated else None
         biases = randn(h, seed=4, dtype=dtype), randn(n, seed=5, dtype=dtype)
         x = randn(rows, d, seed=6, dtype=dtype)
@@ -229,7 +234,9 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_8(case, dtype, device):
     args, kwargs = arguments(case, 8, dtype, device)
     together = flat(case.op(*fresh(case, args), **kwargs))
     for row in (0, 3, 7):
-        alone = tuple(a[row : row + 1].clone() if i in case.batched and a is not None else a for i, a in enumerate(args))
+        alone = tuple(
+            a[row : row + 1].clone() if i in case.batched and a is not None else a for i, a in enumerate(args)
+        )
         for a, e in zip(flat(case.op(*alone, **kwargs)), together, strict=True):
             assert torch.equal(a[0], e[row]), f"row {row}"
 
@@ -240,14 +247,14 @@ def test_captures_in_a_cuda_graph(case):
     args, kwargs = arguments(case, 4, torch.bfloat16, "cuda")
     expected = flat(case.op(*fresh(case, args), **kwargs))
     static = fresh(case, args)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    side = torch.cuda.Stream()  # warm-up on a side stream, then capture on another: as PyTorch's manual has it
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
         case.op(*static, **kwargs)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            captured = flat(case.op(*static, **kwargs))
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flat(case.op(*static, **kwargs))
     for _ in range(3):
         for c in captured:
             c.fill_(float("nan"))
@@ -307,7 +314,11 @@ MISTAKES = {
     "gate": (lambda: ops.int4_ffn(X, W, None, W, None, quantize(randn(16, 128))), ValueError, "w_gate must have w1's"),
     "residual": (lambda: ops.rms_norm(X, X[0], X[:1]), ValueError, "residual has shape"),
     "residual-dtype": (lambda: ops.rms_norm(X, X[0], X.half()), TypeError, "residual is torch.float16"),
-    "heads": (lambda: ops.fused_attention(Q[:, :3], K, K), ValueError, "3 query heads must be a positive multiple of 2"),
+    "heads": (
+        lambda: ops.fused_attention(Q[:, :3], K, K),
+        ValueError,
+        "3 query heads must be a positive multiple of 2",
+    ),
     "head-size": (lambda: ops.fused_attention(Q[..., :48], K[..., :48], K[..., :48]), ValueError, "head size 48"),
     "dropout": (lambda: ops.fused_attention(Q, K, K, dropout_p=1.0), ValueError, "dropout_p=1.0"),
     "batch": (lambda: ops.fused_attention(Q, K.repeat(2, 1, 1, 1), K), ValueError, "k has shape"),

@@ -94,7 +94,7 @@ def test_compiles_for_every_target(target, name):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_unpacking_costs_no_conversions(target, dtype):
-    """The nibbles become floats by lop3 and one packed operation; an int-to-float conversion would be I2F in the SASS."""
+    """The nibbles become floats by lop3 and one packed operation; a conversion from int would be I2F in the SASS."""
     compiled = compile_gemm(target, "decode-g128", dtype)
     assert "I2F" not in compiled.assembly and "LOP3" in compiled.assembly
     assert compiled.count("LDGSTS.128") > 0, "weights come by 16-byte cp.async"
@@ -120,28 +120,27 @@ def test_float32_is_refused_in_words():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("m", [1, 2, 7, 8, 9, 16, 17, 33, 100])
+@pytest.mark.parametrize("m", [1, 8, 9, 17, 100])
 def test_matches_the_oracle_on_a_gpu(m, symmetric, group_size, dtype, poisoned):
-    for n, k in [(64, 256), (17, 1152), (2048, 2048)]:
-        if group_size == 128 or k % 128 == 0:
-            assert_close(*run(m, n, k, group_size, symmetric, dtype, "cuda"))
+    for n, k in [(17, 1152), (2048, 2048)]:
+        assert_close(*run(m, n, k, group_size, symmetric, dtype, "cuda"))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"),
+    ("n", "k", "group_size", "scale_dtype"),
     [
-        (192, 576, 32),
-        (1536, 576, 32),
-        (576, 1536, 32),
-        (49152, 576, 32),
-        (100, 2880, 32),
-        (33, 7392, 32),
-        (48, 100, -1),
+        (192, 576, 32, torch.float16),
+        (1536, 576, 32, torch.float32),
+        (576, 1536, 32, torch.float16),
+        (49152, 576, 32, torch.float16),
+        (100, 2880, 32, torch.bfloat16),
+        (33, 7392, 32, torch.float32),
+        (48, 100, -1, torch.float16),
     ],
+    ids=lambda v: str(v).removeprefix("torch."),
 )
-@pytest.mark.parametrize("m", [1, 8, 70])
+@pytest.mark.parametrize("m", [1, 70])
 def test_odd_shapes_of_real_models(m, n, k, group_size, scale_dtype, poisoned):
     assert_close(*run(m, n, k, group_size, False, torch.bfloat16, "cuda", with_bias=False, scale_dtype=scale_dtype))
 

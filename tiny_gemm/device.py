@@ -59,22 +59,35 @@ def device_guard(t: Tensor):
 
 _COUNTERS: dict[tuple[str, torch.device, int], Tensor] = {}
 _RETIRED: list[Tensor] = []  # buffers that grew too small; CUDA graphs may still hold their addresses
+_CAPTURE = -1  # stands for the stream of every capture
 
 
 def counters(device: torch.device, n: int, kind: str = "arrivals") -> Tensor:
     """At least n int32 in device memory that start as zeros and are kept for ever, for the current stream and `kind`.
 
     A kernel that counts arrivals leaves them at zero (the last block to arrive resets its own), so no launch has to
-    clear them. Each stream has its own, so that kernels on two streams do not count each other's blocks; two CUDA
-    graphs that were captured on one stream must therefore not be replayed at the same time.
+    clear them. Each stream has its own, so that kernels on two streams do not count each other's blocks. CUDA graphs
+    share one set, which an ordinary call has to set up before (the usual warm-up): two graphs that hold such kernels
+    must not be replayed at the same time.
     """
-    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    if device.type == "cpu":
+        return _reserve_counters(kind, device, 0, n)
+    if torch.cuda.is_current_stream_capturing():
+        buffer = _COUNTERS.get((kind, device, _CAPTURE))
+        if buffer is None or buffer.numel() < n:
+            raise RuntimeError("run the op once before capturing it in a CUDA graph: it sets up its counters then")
+        return buffer
+    _reserve_counters(kind, device, _CAPTURE, n)
+    return _reserve_counters(kind, device, torch.cuda.current_stream(device).cuda_stream, n)
+
+
+def _reserve_counters(kind: str, device: torch.device, stream: int, n: int) -> Tensor:
     buffer = _COUNTERS.get((kind, device, stream))
     if buffer is None or buffer.numel() < n:
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("run the op once on this stream before capturing it in a CUDA graph: it needs counters")
         if buffer is not None:
             _RETIRED.append(buffer)
         buffer = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # once; a capture's stream waits for nothing else
         _COUNTERS[(kind, device, stream)] = buffer
     return buffer

@@ -282,11 +282,11 @@ def pick_config(m: int, n: int, k: int, facts: DeviceFacts) -> GemmConfig:
     sums are added in one order whatever its batch."""
     unit = unit_k(k)
     if m <= DECODE_ROWS:
-        # AMD's matrix instructions are 16 wide, NVIDIA's 8.
-        block_m = 8 if m <= 8 and facts.is_nvidia else 16
+        # Swept on an H200, 2026-11-22, M = 1 and 8: see docs/notes/int4-gemm.md.
+        block_m = 8 if m <= 8 and facts.is_nvidia else 16  # AMD's matrix instructions are 16 wide, NVIDIA's 8
         block_n = 16 if n <= 64 * facts.sm_count else 32
-        slices = 4 if k < 2048 else 8
-        config = GemmConfig(block_n, block_m, slices, slices, stages=4)
+        slices = 4 if k <= 4096 else 8
+        config = GemmConfig(block_n, block_m, slices, slices, stages=3)
     else:
         config = GemmConfig(64, 64 if m > 32 else 32, slices=0, num_warps=4, stages=3)
     return fit_shared_memory(config, unit, facts)

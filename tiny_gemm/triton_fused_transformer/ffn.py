@@ -283,12 +283,13 @@ def shared_memory_bytes(config: FfnConfig, weight_bytes: float) -> int:
 
 def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: DeviceFacts) -> FfnConfig:
     """The configuration for x [m, d], hidden size h, output size n. Only block_m depends on m: see int4_gemm."""
-    block_n = 16 if max(h, n) <= 64 * facts.sm_count else 32
+    # Swept on an H200, 2026-11-22, INT4: h 1536 and 8192, M = 1 and 8: see docs/notes/int4-gemm.md.
+    block_n = 16 if max(h, n) <= 32 * facts.sm_count else 32
     block_m = 8 if m <= 8 and facts.is_nvidia else 16
-    slices = 4 if max(d, h) < 2048 else 8
+    slices = 4 if weight_bytes == 0.5 else 8
     block_k = 64 if weight_bytes == 2 else max(unit_k(d), unit_k(h))
     programs = min(facts.sm_count, triton.cdiv(max(h, n), block_n))
-    config = FfnConfig(block_n, block_m, block_k, slices, stages=4, programs=programs)
+    config = FfnConfig(block_n, block_m, block_k, slices, stages=3, programs=programs)
     while config.stages > 2 and shared_memory_bytes(config, weight_bytes) > facts.shared_memory_bytes - 8192:
         config = replace(config, stages=config.stages - 1)
     return config

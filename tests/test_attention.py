@@ -1,0 +1,213 @@
+"""fused_attention: one set of cases for the kernel in the interpreter, the CPU implementation, and a GPU."""
+
+from dataclasses import dataclass
+
+import aot
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import assert_close
+
+from tiny_gemm import ops
+from tiny_gemm.device import DeviceFacts
+from tiny_gemm.reference import dropout_keep_mask, fused_attention_ref, philox_uniform
+from tiny_gemm.triton_fused_transformer import attention
+
+HALF = [torch.bfloat16, torch.float16]
+IMPLEMENTATIONS = {"interpreter": (attention.fused_attention, "cpu"), "cpu": (ops.fused_attention, "cpu")}
+IMPLEMENTATIONS["gpu"] = (ops.fused_attention, "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    Lq: int
+    Lk: int
+    D: int = 64
+    causal: bool = True
+    batch: int = 1
+
+
+CASES = {
+    "one_token": Case(4, 4, 1, 1),
+    "one_query_of_9_3": Case(9, 3, 1, 50, batch=2),
+    "9_3": Case(9, 3, 7, 50, batch=2),
+    "14_2_rows_without_keys": Case(14, 2, 130, 70),
+    "head_80_full": Case(4, 2, 33, 45, D=80, causal=False),
+    "head_96": Case(3, 1, 20, 70, D=96),
+    "head_128": Case(8, 2, 40, 133, D=128),
+    "head_256": Case(2, 2, 19, 37, D=256),
+}
+GPU_CASES = {
+    f"{heads}_{kv_heads}_head_{D}": Case(heads, kv_heads, Lq, Lk, D=D, causal=causal, batch=2)
+    for D, shapes in {64: 5, 80: 2, 96: 2, 128: 5, 256: 2}.items()
+    for heads, kv_heads, Lq, Lk, causal in [
+        (14, 2, 100, 613, True),
+        (9, 3, 257, 1000, False),
+        (8, 8, 1, 257, True),
+        (10, 2, 129, 64, True),
+        (32, 8, 777, 777, True),
+    ][:shapes]
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("interpreter", marks=pytest.mark.interp),
+        "cpu",
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def implementation(request, poisoned):
+    """(fused_attention, device), with outputs poisoned."""
+    return IMPLEMENTATIONS[request.param]
+
+
+def parametrize_cases(cases):
+    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+
+
+def make_qkv(case: Case, dtype, device="cpu", seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(case.batch, h, n, case.D) for h, n in ((case.heads, case.Lq),) + ((case.kv_heads, case.Lk),) * 2]
+    return [torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes]
+
+
+@parametrize_cases(CASES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_matches_oracle(implementation, case, dtype):
+    fused_attention, device = implementation
+    q, k, v = make_qkv(case, dtype, device)
+    out = fused_attention(q, k, v, causal=case.causal)
+    assert out.dtype == dtype
+    assert_close(out, fused_attention_ref(q, k, v, causal=case.causal))
+
+
+@pytest.mark.gpu
+@parametrize_cases(GPU_CASES)
+def test_matches_oracle_on_gpu(poisoned, case):
+    q, k, v = make_qkv(case, torch.bfloat16, "cuda")
+    out = ops.fused_attention(q, k, v, causal=case.causal)
+    assert_close(out, fused_attention_ref(q, k, v, causal=case.causal))
+
+
+def test_float32_is_exact(implementation):
+    fused_attention, device = implementation
+    q, k, v = make_qkv(Case(6, 2, 20, 33, D=80), torch.float32, device)
+    assert_close(fused_attention(q, k, v, causal=True), fused_attention_ref(q, k, v, causal=True))
+
+
+def test_row_without_a_visible_key_is_zero(implementation):
+    fused_attention, device = implementation
+    q, k, v = make_qkv(Case(4, 2, 30, 10), torch.bfloat16, device)
+    out = fused_attention(q, k, v, causal=True)
+    assert (out[:, :, :20] == 0).all() and (out[:, :, 20:] != 0).any(-1).all()
+
+
+def test_scale_and_large_scores(implementation):
+    fused_attention, device = implementation
+    q, k, v = make_qkv(Case(2, 1, 17, 70), torch.float16, device)
+    q = q * 30
+    assert_close(fused_attention(q, k, v, scale=0.5), fused_attention_ref(q, k, v, scale=0.5))
+
+
+def test_views_of_qkv_rows(implementation):
+    """q and k as a QKV projection gives them, v as a slice of a longer cache: the same bits as contiguous tensors."""
+    fused_attention, device = implementation
+    case = Case(6, 2, 23, 23, batch=2)
+    qkv = torch.randn(2, 23, 10, case.D, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.transpose(1, 2).split([6, 2, 2], dim=1)
+    cache = torch.full((2, 2, 40, case.D), float("nan"), device=device, dtype=torch.bfloat16)
+    cache[:, :, :23] = v
+    out = fused_attention(q, k, cache[:, :, :23], causal=True)
+    assert torch.equal(out, fused_attention(q.contiguous(), k.contiguous(), v.contiguous(), causal=True))
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5])
+def test_dropout_matches_oracle(implementation, dropout_p):
+    fused_attention, device = implementation
+    q, k, v = make_qkv(Case(6, 2, 21, 70, batch=2), torch.float16, device)
+    arguments = {"causal": True, "dropout_p": dropout_p, "seed": 2**40 + 17}
+    out = fused_attention(q, k, v, **arguments)
+    assert_close(out, fused_attention_ref(q, k, v, **arguments))
+    assert torch.equal(out, fused_attention(q, k, v, **arguments)), "a seed fixes the mask"
+    assert not torch.equal(out, fused_attention(q, k, v, **arguments | {"seed": 18}))
+
+
+def test_dropout_keeps_the_expectation(implementation):
+    """With values of one, an output is the sum of the kept probabilities, scaled by 1 / (1 - p): 1 on average."""
+    fused_attention, device = implementation
+    q, k, v = make_qkv(Case(4, 2, 32, 64), torch.float16, device)
+    out = fused_attention(q * 0, k, torch.ones_like(v), dropout_p=0.25, seed=3)[..., 0].double()
+    deviation = (0.25 / 0.75 / 64) ** 0.5  # of one output: a mean of 64 numbers that are 0 or 1 / 0.75
+    assert abs(out.mean() - 1) < 4 * deviation / out.numel() ** 0.5
+    assert 0.7 * deviation < out.std() < 1.4 * deviation
+
+
+def test_dropout_mask_statistics():
+    keep = dropout_keep_mask(5, 0.3, 2, 4, 64, 128).double()
+    assert abs(keep.mean() - 0.7) < 4 * (0.3 * 0.7 / keep.numel()) ** 0.5
+    rows = keep.view(-1, 128)
+    neighbours = torch.corrcoef(torch.stack([rows[:, :-1].flatten(), rows[:, 1:].flatten()]))[0, 1]
+    assert abs(neighbours) < 4 / keep.numel() ** 0.5
+
+
+@triton.jit
+def _rand_kernel(out_ptr, offsets_ptr, seed, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(out_ptr + i, tl.rand(seed, tl.load(offsets_ptr + i)))
+
+
+@pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interp), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+@pytest.mark.parametrize("seed", [0, 1, 2**33 + 5, 2**62 + 3, -7])
+def test_philox_is_tritons(device, seed):
+    offsets = torch.cat([torch.arange(512), torch.randint(2**40, (512,))]).to(device)
+    out = torch.empty(1024, device=device)
+    _rand_kernel[(1,)](out, offsets, seed, N=1024)
+    assert torch.equal(out, philox_uniform(seed, offsets))
+
+
+AOT_CASES = [
+    *[(target, 128, 4096, False) for target in aot.TARGETS],
+    *[(target, 64, 4096, False) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+    ("sm_80", 96, 4096, False),
+    ("sm_90", 256, 4096, False),
+    ("sm_90", 128, 64, False),
+    ("gfx942", 128, 16, False),
+    ("sm_80", 64, 4096, True),
+]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target, D, rows, dropout", AOT_CASES)
+def test_compiles_for(target, D, rows, dropout):
+    config = attention.pick_config(rows, D, 2, dropout, aot.device_facts(target))
+    signature = {"scale_log2": "fp32", "dropout_p": "fp32", "seed": "i32", "Lq": "i32", "Lk": "i32"}
+    for name in attention._fused_attention_kernel.arg_names:
+        if name.endswith("_ptr"):
+            signature[name] = "*bf16"
+        elif name.startswith("stride_"):
+            signature[name] = "i32"
+    constants = {"CAUSAL": True, "HAS_DROPOUT": dropout, "G": 4, "D": D, "BLOCK_D": triton.next_power_of_2(D)}
+    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
+    compiled = aot.compile_kernel(
+        attention._fused_attention_kernel,
+        target,
+        signature,
+        constants,
+        unaligned=("Lq", "Lk", "seed"),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    aot.check(compiled)
+
+
+def test_config_is_pure_and_small():
+    facts = DeviceFacts("small", (8, 6), 28, 99 * 1024, 2**21, True)
+    config = attention.pick_config(4096, 128, 2, False, facts)
+    assert config == attention.pick_config(4096, 128, 2, False, facts)
+    assert attention.pick_config(16, 128, 2, False, facts).block_m == 16

@@ -1,0 +1,278 @@
+"""decode_attention: one set of cases for the kernel in the interpreter, the CPU implementation, and a GPU."""
+
+from dataclasses import dataclass
+
+import aot
+import interpreter
+import pytest
+import torch
+import triton
+from conftest import assert_close
+
+from tiny_gemm import device as device_module
+from tiny_gemm import ops
+from tiny_gemm.reference import decode_attention_ref
+from tiny_gemm.triton_fused_transformer import decode_attention as decode
+from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
+
+HALF = [torch.bfloat16, torch.float16]
+IMPLEMENTATIONS = {"interpreter": (decode.decode_attention, "cpu"), "cpu": (ops.decode_attention, "cpu")}
+IMPLEMENTATIONS["gpu"] = (ops.decode_attention, "cuda")
+
+
+@dataclass(frozen=True)
+class Case:
+    heads: int
+    kv_heads: int
+    Lmax: int
+    lengths: tuple[int, ...]
+    D: int = 64
+    rotary: int | None = None  # rotary dimensions; None: all of D, 0: no RoPE
+
+
+CASES = {
+    "empty_cache": Case(4, 4, 20, (0,)),
+    "9_3_cache_edge": Case(9, 3, 150, (149,)),
+    "14_2_ragged": Case(14, 2, 200, (0, 1, 64, 199)),
+    "cache_full": Case(4, 2, 70, (70, 69, 100)),
+    "head_80_partial_rope": Case(4, 1, 130, (128, 63), D=80, rotary=40),
+    "head_96_no_rope": Case(6, 2, 100, (65, 3), D=96, rotary=0),
+    "head_128": Case(8, 1, 300, (257,), D=128),
+    "head_256": Case(2, 1, 40, (39, 7), D=256),
+}
+GPU_CASES = {
+    f"{heads}_{kv_heads}_head_{D}_{Lmax}": Case(heads, kv_heads, Lmax, lengths, D=D)
+    for D, shapes in {64: 6, 80: 2, 96: 2, 128: 6, 256: 2}.items()
+    for heads, kv_heads, Lmax, lengths in [
+        (14, 2, 4096, (4095, 0)),
+        (9, 3, 2048, (1, 2047, 700, 64)),
+        (10, 2, 1000, (0, 1, 63, 64, 65, 500, 998, 999)),
+        (32, 8, 8192, (8191, 100)),
+        (8, 8, 513, (512,)),
+        (16, 1, 777, (400, 776, 777)),
+    ][:shapes]
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("interpreter", marks=pytest.mark.interp),
+        "cpu",
+        pytest.param("gpu", marks=pytest.mark.gpu),
+    ]
+)
+def implementation(request, poisoned):
+    """(decode_attention, device), with outputs and partial results poisoned."""
+    return IMPLEMENTATIONS[request.param]
+
+
+def parametrize_cases(cases):
+    return pytest.mark.parametrize("case", cases.values(), ids=cases.keys())
+
+
+def make_inputs(case: Case, dtype, device="cpu", seed=0):
+    """q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin; the caches are NaN from lengths[b] on."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = len(case.lengths)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    q, k, v = (normal(batch, heads, case.D) for heads in (case.heads, case.kv_heads, case.kv_heads))
+    k_cache, v_cache = (normal(batch, case.kv_heads, case.Lmax, case.D) for _ in range(2))
+    for b, length in enumerate(case.lengths):
+        k_cache[b, :, length:] = v_cache[b, :, length:] = float("nan")
+    lengths = torch.tensor(case.lengths, dtype=torch.int32, device=device)
+    rotary = case.D if case.rotary is None else case.rotary
+    if rotary == 0:
+        return q, k, v, k_cache, v_cache, lengths, None, None
+    angles = torch.arange(case.Lmax)[:, None] * 10000.0 ** -(torch.arange(rotary // 2) / (rotary // 2))
+    return q, k, v, k_cache, v_cache, lengths, angles.cos().to(device), angles.sin().to(device)
+
+
+def clone_caches(inputs):
+    q, k, v, k_cache, v_cache, *rest = inputs
+    return (q, k, v, k_cache.clone(), v_cache.clone(), *rest)
+
+
+def run(decode_attention, inputs, **arguments):
+    """The output and the caches that it leaves; `inputs` stay as they are."""
+    inputs = clone_caches(inputs)
+    return decode_attention(*inputs, **arguments), inputs[3], inputs[4]
+
+
+def check_against_oracle(decode_attention, inputs, **arguments):
+    out, k_cache, v_cache = run(decode_attention, inputs, **arguments)
+    oracle, k_oracle, v_oracle = decode_attention_ref(*inputs, **arguments)
+    assert out.dtype == inputs[0].dtype
+    assert_close(out, oracle)
+    assert torch.equal(v_cache.isnan(), v_oracle.isnan()) and torch.equal(k_cache.isnan(), k_oracle.isnan())
+    assert torch.equal(v_cache.nan_to_num(), v_oracle.nan_to_num())
+    assert_close(k_cache.nan_to_num(), k_oracle.nan_to_num().double())  # RoPE in fp32 may round the other way
+    lengths = inputs[5].tolist()
+    for b, length in enumerate(lengths):
+        assert torch.equal(k_cache[b, :, :length], inputs[3][b, :, :length]), "what was cached stays as it was"
+
+
+@parametrize_cases(CASES)
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_matches_oracle(implementation, case, dtype):
+    decode_attention, device = implementation
+    check_against_oracle(decode_attention, make_inputs(case, dtype, device))
+
+
+@pytest.mark.gpu
+@parametrize_cases(GPU_CASES)
+def test_matches_oracle_on_gpu(poisoned, case):
+    check_against_oracle(ops.decode_attention, make_inputs(case, torch.bfloat16, "cuda"))
+
+
+def test_float32_is_exact(implementation):
+    decode_attention, device = implementation
+    check_against_oracle(decode_attention, make_inputs(Case(5, 1, 60, (40, 59)), torch.float32, device), scale=0.3)
+
+
+def test_views_of_a_qkv_row_and_of_a_layered_cache(implementation):
+    decode_attention, device = implementation
+    case = Case(6, 2, 50, (20, 49))
+    _, _, _, k_cache, v_cache, lengths, cos, sin = make_inputs(case, torch.bfloat16, device)
+    qkv = torch.randn(2, 10, case.D, device=device, dtype=torch.bfloat16)
+    q, k, v = qkv.split([6, 2, 2], dim=1)
+    layers_k, layers_v = (torch.stack([torch.zeros_like(c), c], dim=2) for c in (k_cache, v_cache))  # strided views
+    out = decode_attention(q, k, v, layers_k[:, :, 1], layers_v[:, :, 1], lengths, cos, sin)
+    expected, k_expected, v_expected = run(
+        decode_attention, (q.contiguous(), k.contiguous(), v.contiguous(), k_cache, v_cache, lengths, cos, sin)
+    )
+    assert torch.equal(out, expected)
+    assert torch.equal(layers_k[:, :, 1].nan_to_num(), k_expected.nan_to_num())
+    assert torch.equal(layers_v[:, :, 1].nan_to_num(), v_expected.nan_to_num())
+    assert (layers_k[:, :, 0] == 0).all() and (layers_v[:, :, 0] == 0).all()
+
+
+def test_row_alone_has_the_bits_of_the_batch(implementation):
+    decode_attention, device = implementation
+    case = Case(10, 2, 160, (0, 1, 63, 64, 65, 100, 159, 160))
+    inputs = make_inputs(case, torch.bfloat16, device)
+    together = run(decode_attention, inputs)
+    for b in range(len(case.lengths)):
+        row = [x[b : b + 1] for x in inputs[:6]] + list(inputs[6:])
+        for alone, batch in zip(run(decode_attention, row), together, strict=True):
+            assert torch.equal(alone[0].nan_to_num(), batch[b].nan_to_num())
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(3, 1, 100, (0, 15, 16, 70, 99), D=64),
+        Case(14, 2, 100, (90, 31), D=256),  # more partials than the reduction takes at once
+    ],
+    ids=["small", "large_group"],
+)
+def test_any_order_of_arrival_gives_the_same_bits(poisoned, monkeypatch, case):
+    monkeypatch.setattr(decode, "pick_config", lambda *_: DecodeAttentionConfig(5, 16, num_warps=4, num_stages=1))
+    inputs = make_inputs(case, torch.bfloat16)
+    check_against_oracle(decode.decode_attention, inputs)
+    expected = run(decode.decode_attention, inputs)[0]
+    for seed in range(4):
+        with interpreter.shuffled(seed):
+            assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
+    with interpreter.threaded():
+        assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
+    assert (device_module.counters(torch.device("cpu"), 16) == 0).all()
+
+
+def test_steps_follow_one_another(implementation):
+    """Three steps with lengths advanced in place between them: each sees the tokens that the ones before appended."""
+    decode_attention, device = implementation
+    inputs = clone_caches(make_inputs(Case(4, 2, 66, (63, 5)), torch.float16, device))
+    lengths = inputs[5]
+    for step in range(3):
+        q, k, v = make_inputs(Case(4, 2, 66, (63, 5)), torch.float16, device, seed=step)[:3]
+        oracle, _, _ = decode_attention_ref(q, k, v, *inputs[3:])
+        assert_close(decode_attention(q, k, v, *inputs[3:]), oracle)
+        lengths += 1
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays():
+    """100 replays give the same bits, and a replay reads the lengths of its own time from the device."""
+    case = Case(14, 2, 1024, (900, 3, 511, 64), D=128)
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    lengths = inputs[5]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = ops.decode_attention(*inputs).clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = ops.decode_attention(*inputs)
+        for _ in range(100):
+            out.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(out, expected)
+        for _ in range(80):
+            lengths += 1
+            oracle, _, _ = decode_attention_ref(*inputs)
+            graph.replay()
+            assert_close(out, oracle)
+    torch.cuda.synchronize()
+
+
+AOT_CASES = [
+    *[(target, 128, 8, 4) for target in aot.TARGETS],
+    *[(target, 64, 3, 3) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+    ("sm_86", 96, 2, 7),
+    ("sm_90", 256, 1, 16),
+]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target, D, kv_heads, group", AOT_CASES)
+def test_compiles_for(target, D, kv_heads, group):
+    config = decode.pick_config(kv_heads, 4096, D, 2, aot.device_facts(target))
+    kernel = decode._decode_attention_kernel
+    signature = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"}
+    signature |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
+    for name in kernel.arg_names:
+        signature.setdefault(name, "i32" if name.startswith("stride_") else "*bf16")
+    constants = {"ROPE_HALF": D // 2, "G": group, "D": D, "NUM_SPLITS": config.num_splits, "BLOCK_N": config.block_n}
+    constants |= {"BLOCK_G": 16, "BLOCK_D": triton.next_power_of_2(D)}
+    compiled = aot.compile_kernel(
+        kernel,
+        target,
+        signature,
+        constants,
+        unaligned=("Lmax",),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    aot.check(compiled)
+    if target.startswith("sm_"):
+        check_arrival(compiled.assembly)
+
+
+def check_arrival(sass: str):
+    """Stores of partials, a block barrier, a fence, the counter's atomic; the reads after it do not come from L1."""
+    lines = sass.splitlines()
+    atomic = next(i for i, line in enumerate(lines) if "ATOMG" in line)
+    before = [next(i for i in range(atomic, -1, -1) if word in lines[i]) for word in ("STG", "BAR.SYNC", "MEMBAR")]
+    assert before == sorted(before), "the block's stores must be fenced before its arrival"
+    loads = [line for line in lines[atomic:] if " LDG." in line]
+    assert loads and all("STRONG.GPU" in line for line in loads)
+
+
+def test_config_has_no_batch_and_fits():
+    facts = aot.device_facts("sm_90")
+    assert decode.pick_config(8, 4096, 128, 2, facts).num_splits == 132 // 8
+    assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 2, "no more splits than the cache has chunks"
+    assert decode.pick_config(1000, 4096, 64, 2, facts).num_splits == 1
+
+
+def test_refuses_what_the_kernel_cannot_read():
+    q, k, v, k_cache, v_cache, lengths, cos, sin = make_inputs(Case(4, 2, 10, (3, 4)), torch.bfloat16)
+    with pytest.raises(ValueError, match="v_cache strides"):
+        decode.decode_attention(q, k, v, k_cache, v_cache.transpose(1, 2).contiguous().transpose(1, 2), lengths)
+    with pytest.raises(ValueError, match="lengths has stride 2"):
+        decode.decode_attention(q, k, v, k_cache, v_cache, lengths.repeat_interleave(2)[::2])
+    with pytest.raises(ValueError, match="rope_cos strides"):
+        decode.decode_attention(q, k, v, k_cache, v_cache, lengths, cos.T.contiguous().T, sin)
