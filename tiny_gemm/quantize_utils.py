@@ -38,7 +38,7 @@ FORMAT_VERSION = "1"
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _SEARCH_SHRINKS = tuple(1.05 - 0.025 * i for i in range(21))  # candidate scales over the plain one: 1.05 to 0.55
-_ROWS_AT_ONCE = 4096  # rows that quantize works on at a time: bounds its peak memory
+_WEIGHTS_AT_ONCE = 2**22  # what quantize works on at a time: bounds its peak memory to some 80 MiB
 
 
 def unit_k(k: int) -> int:
@@ -193,7 +193,7 @@ def quantize(
     _check_group_size(k, group_size)
     groups = 1 if group_size == -1 else k // group_size
     parts = []
-    for rows in w.split(_ROWS_AT_ONCE):
+    for rows in w.split(max(1, _WEIGHTS_AT_ONCE // k)):
         grouped = rows.float().view(rows.shape[0], groups, -1)
         if not bool(grouped.isfinite().all()):
             raise ValueError("w holds NaN or infinity, which 4-bit integers cannot represent")
