@@ -1,0 +1,436 @@
+"""The Llama family on Tiny-GEMM's ops: ModelConfig, KVCache, Transformer.
+
+One step, for Llama 2/3.x, Mistral, Qwen2.5, Qwen3 and SmolLM2 alike, where x is the residual stream, in float32:
+
+    x = embedding[token]
+    every layer:  q, k, v = norm(x) @ wqkv (+ bias); Qwen3: norm of each head of q and k
+                  x = x + out(attention(rope(q), rope(k), v))
+                  x = x + down(silu(gate(norm(x))) * up(norm(x)))
+    logits = head(norm(x)), float32
+
+A linear weight is an Int4Weight or a 16-bit tensor, each as the checkpoint has it. Names are Hugging Face's.
+"""
+
+import math
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tiny_gemm import ops
+from tiny_gemm.quantize_utils import Int4Weight, concat, dequantize
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a checkpoint says about its shape. rope_scaling is Hugging Face's dict (rope_type linear or llama3) or
+    {"rope_type": "factors", "factors": (...)}: one divisor for each frequency, which is how GGUF stores llama3."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping | None = None
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    sliding_window: int | None = None
+    activation: str = "silu"
+    eos_token_ids: tuple[int, ...] = ()
+    bos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.architecture not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture {self.architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
+            )
+        if self.activation not in ("silu", "swish"):
+            raise ValueError(f"hidden_act={self.activation!r} is not supported; the gated feed-forward needs 'silu'")
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+        ):
+            if not isinstance(value := getattr(self, name), int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim={self.head_dim} must be even, RoPE rotates pairs")
+        rope_frequencies(self)  # refuses a rope_scaling that it does not know
+
+    def check_cache_length(self, max_length: int) -> None:
+        """ValueError unless this model can use a KV cache of max_length positions."""
+        if not 1 <= max_length <= self.max_position_embeddings:
+            raise ValueError(
+                f"max_length={max_length} must be 1 to max_position_embeddings={self.max_position_embeddings}"
+            )
+        if self.sliding_window and max_length > self.sliding_window:
+            raise ValueError(
+                f"max_length={max_length} exceeds sliding_window={self.sliding_window}: "
+                "windowed attention is not implemented, so the cache may not outgrow the window"
+            )
+
+    @classmethod
+    def from_hf(cls, config: Mapping) -> "ModelConfig":
+        """Reads a Hugging Face config.json, of transformers 4 (rope_theta, rope_scaling) or 5 (rope_parameters)."""
+        kind = config.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise ValueError(f"model_type {kind!r} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        if missing := [k for k in _REQUIRED_KEYS if config.get(k) is None]:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        if config.get("mlp_bias"):
+            raise ValueError("mlp_bias=true is not supported; gate_proj, up_proj and down_proj must have no bias")
+        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
+        window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
+        if kind != "mistral" and "sliding_attention" not in config.get("layer_types", ["sliding_attention"]):
+            window = None
+        bias = kind == "qwen2" or bool(config.get("attention_bias"))
+        eos = config.get("eos_token_id")
+        return cls(
+            architecture=kind,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=config["num_attention_heads"],
+            num_kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            max_position_embeddings=config.get("max_position_embeddings") or 2048,
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            rope_theta=float(theta),
+            rope_scaling=None if rope["rope_type"] == "default" else rope,
+            qkv_bias=bias,
+            output_bias=bias and kind != "qwen2",
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            sliding_window=window,
+            activation=config.get("hidden_act", "silu"),
+            eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            bos_token_id=config.get("bos_token_id"),
+        )
+
+
+_REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+def rope_frequencies(config: ModelConfig) -> Tensor:
+    """Radians a position for each rotated pair, float32 [head_dim / 2], scaled as config.rope_scaling says."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    freqs = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling is None:
+        return freqs
+    try:
+        match scaling.get("rope_type", scaling.get("type")):
+            case "default":
+                return freqs
+            case "linear":
+                return freqs / scaling["factor"]
+            case "factors":
+                return freqs / torch.tensor(scaling["factors"], dtype=torch.float32).expand_as(freqs)
+            case "llama3":  # long wavelengths are stretched, short ones kept, those between interpolated
+                low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+                turns = scaling["original_max_position_embeddings"] * freqs / (2 * math.pi)
+                keep = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+                return (1 - keep) * freqs / scaling["factor"] + keep * freqs
+            case other:
+                raise ValueError(f"rope_type={other!r} is not supported; supported: default, linear, llama3, factors")
+    except KeyError as e:
+        raise ValueError(f"rope_scaling lacks {e}, which its rope_type needs: {dict(scaling)}") from e
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, [B, Hkv, max_length, D] each; lengths int32 [B] says on the device how many
+    positions of a row are filled. rope_cos, rope_sin: float32 [max_length, D / 2]."""
+
+    k: list[Tensor]
+    v: list[Tensor]
+    lengths: Tensor
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    @classmethod
+    def allocate(cls, config: ModelConfig, batch: int, max_length: int, device, dtype: torch.dtype) -> "KVCache":
+        """A cache for `batch` rows of up to `max_length` tokens each, prompt and answer together."""
+        if batch < 1:
+            raise ValueError(f"batch={batch} must be positive")
+        config.check_cache_length(max_length)
+        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
+        new = lambda: [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]  # noqa: E731
+        angles = torch.outer(torch.arange(max_length, dtype=torch.float32), rope_frequencies(config))
+        lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        return cls(new(), new(), lengths, angles.cos().to(device), angles.sin().to(device))
+
+    @property
+    def batch(self) -> int:
+        return self.lengths.shape[0]
+
+    @property
+    def max_length(self) -> int:
+        return self.rope_cos.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * len(self.k) * self.k[0].numel() * self.k[0].element_size()
+
+    def rows(self, batch: int) -> "KVCache":
+        """A view of the first `batch` rows."""
+        k, v = [t[:batch] for t in self.k], [t[:batch] for t in self.v]
+        return KVCache(k, v, self.lengths[:batch], self.rope_cos, self.rope_sin)
+
+
+class Linear:
+    """y = x @ W.T (+ bias) over one weight, or over several that share x and could not be fused into one."""
+
+    def __init__(self, weights: list[Tensor | Int4Weight], biases: list[Tensor] | None = None):
+        fused = _fuse(weights)
+        if biases is None:
+            biases = [None] * len(fused)
+        elif len(fused) == 1:
+            biases = [torch.cat(biases)]
+        self.parts = list(zip(fused, biases, strict=True))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        ys = [ops.linear(x, weight, bias) for weight, bias in self.parts]
+        return ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
+
+
+class FeedForward:
+    """down(silu(gate(x)) * up(x)): one fused op where the three weights are of one kind, three linears otherwise."""
+
+    def __init__(self, gate: Tensor | Int4Weight, up: Tensor | Int4Weight, down: Tensor | Int4Weight):
+        self.gate, self.up, self.down = gate, up, down
+        self.fused = _kind(gate) == _kind(up) and isinstance(down, Tensor) == isinstance(up, Tensor)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.fused and isinstance(self.up, Int4Weight):
+            return ops.int4_ffn(x, self.up, None, self.down, None, self.gate, activation="silu")
+        if self.fused:
+            return ops.fused_ffn(x, self.up.t(), None, self.down.t(), None, self.gate.t(), activation="silu")
+        return ops.linear(F.silu(ops.linear(x, self.gate)) * ops.linear(x, self.up), self.down)
+
+
+class Head:
+    """Logits in float32 whatever the weight: rounded to 16 bits, neighbouring logits tie and the wrong token wins.
+
+    16-bit weights meet float32 activations on a CPU (FBGEMM's float16 kernel) and are summed in float32 on a GPU. The
+    kernels always see the same number of rows, so that a row's bits do not depend on the batch.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        self.nbytes = weight.nbytes
+        on_cpu = weight.device.type == "cpu"
+        if on_cpu and dtype != torch.float32 and "fbgemm" in torch.backends.quantized.supported_engines:
+            # Packed in parts, because packing wants float32 and the whole table in float32 would be the memory peak.
+            self.packed = [torch.ops.quantized.linear_prepack_fp16(part.float(), None) for part in weight.split(16384)]
+            self.multiply, self.pad_rows = self._fbgemm, 1
+        elif on_cpu or dtype == torch.float32:
+            self.weight = weight.float()
+            self.multiply, self.pad_rows = lambda x: F.linear(x.float(), self.weight), 1
+        else:
+            self.weight = weight
+            self.multiply, self.pad_rows = self._cublas, 8
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, d] -> float32 [rows, V]."""
+        rows = x.shape[0]
+        return self.multiply(F.pad(x, (0, 0, 0, -rows % self.pad_rows)))[:rows]
+
+    def _fbgemm(self, x: Tensor) -> Tensor:
+        multiply = torch.ops.quantized.linear_dynamic_fp16  # a row at a time: its kernel for more rows gives other bits
+        rows = [torch.cat([multiply(row, part) for part in self.packed], dim=-1) for row in x.float().split(1)]
+        return torch.cat(rows)
+
+    def _cublas(self, x: Tensor) -> Tensor:
+        return torch.mm(x.to(self.weight.dtype), self.weight.t(), out_dtype=torch.float32)
+
+
+@dataclass(frozen=True)
+class Layer:
+    attention_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    out: Linear
+    ffn_norm: Tensor
+    ffn: FeedForward
+
+
+class Transformer:
+    """A model ready to run on the device that its weights are on. `dtype` is that of activations, 16-bit linear weights
+    and the KV cache; float32 is the exact mode: all weights, INT4 ones too, are widened to it as they are loaded.
+
+    `weights` maps Hugging Face names to tensors [N, K] or Int4Weights and is emptied, so that each source tensor is
+    freed as soon as it is fused. A missing, surplus or mis-shaped tensor is a ValueError that names it.
+    """
+
+    def __init__(self, config: ModelConfig, weights: MutableMapping[str, Tensor | Int4Weight], dtype: torch.dtype):
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
+        d, h, head = config.hidden_size, config.intermediate_size, config.head_dim
+        q_rows, kv_rows = config.num_heads * head, config.num_kv_heads * head
+        table_dtype = torch.float32 if dtype == torch.float32 else torch.float16  # of embedding and head
+
+        def take(name: str, *shape: int) -> Tensor | Int4Weight:
+            if name not in weights:
+                raise ValueError(f"tensor {name} is missing; the model needs it with shape {shape}")
+            w = weights.pop(name)
+            if tuple(w.shape) != shape:
+                raise ValueError(f"tensor {name} has shape {tuple(w.shape)}, the configuration says {shape}")
+            return w
+
+        def linear(name: str, rows: int, columns: int) -> Tensor | Int4Weight:
+            w = take(f"{name}.weight", rows, columns)
+            if isinstance(w, Int4Weight):
+                return dequantize(w) if dtype == torch.float32 else w
+            return w.to(dtype)
+
+        def table(name: str) -> Tensor:
+            w = take(name, config.vocab_size, d)
+            if isinstance(w, Int4Weight):
+                return dequantize(w, table_dtype)
+            return w if (w.dtype, dtype) == (torch.bfloat16, torch.bfloat16) else w.to(table_dtype)
+
+        def layer(name: str) -> Layer:
+            parts = [
+                (f"{name}.self_attn.{p}_proj", rows) for p, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows))
+            ]
+            biases = [take(f"{p}.bias", rows).to(dtype) for p, rows in parts] if config.qkv_bias else None
+            out_bias = [take(f"{name}.self_attn.o_proj.bias", d).to(dtype)] if config.output_bias else None
+            return Layer(
+                attention_norm=take(f"{name}.input_layernorm.weight", d).float(),
+                qkv=Linear([linear(p, rows, d) for p, rows in parts], biases),
+                q_norm=take(f"{name}.self_attn.q_norm.weight", head).float() if config.qk_norm else None,
+                k_norm=take(f"{name}.self_attn.k_norm.weight", head).float() if config.qk_norm else None,
+                out=Linear([linear(f"{name}.self_attn.o_proj", d, q_rows)], out_bias),
+                ffn_norm=take(f"{name}.post_attention_layernorm.weight", d).float(),
+                ffn=FeedForward(
+                    linear(f"{name}.mlp.gate_proj", h, d),
+                    linear(f"{name}.mlp.up_proj", h, d),
+                    linear(f"{name}.mlp.down_proj", d, h),
+                ),
+            )
+
+        self.config, self.dtype = config, dtype
+        self.embedding = table("model.embed_tokens.weight")  # [V, d]
+        self.device = self.embedding.device
+        self.layers = [layer(f"model.layers.{i}") for i in range(config.num_layers)]
+        self.norm = take("model.norm.weight", d).float()
+        if config.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
+            head = self.embedding
+        else:
+            head = table("lm_head.weight")
+        self.head = Head(head, dtype)
+        if weights:
+            raise ValueError(f"the model has no place for {len(weights)} tensors, such as {next(iter(weights))}")
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor, lengths: Tensor, cache: KVCache, all_logits: bool = False) -> Tensor:
+        """Reads prompts into the cache, which it fills from position 0.
+
+        tokens int64 [B, L], padded on the right with any token; lengths int32 [B], 1 to L. Returns float32 logits
+        [B, V] of each row's last token, or of every position, [B, L, V].
+        """
+        batch, length = tokens.shape
+        if batch != cache.batch or length > cache.max_length:
+            raise ValueError(f"tokens {batch} x {length} do not fit a cache of {cache.batch} x {cache.max_length}")
+        cos, sin = cache.rope_cos[:length], cache.rope_sin[:length]
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, L, H, D]
+            q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
+            cache.k[i][:, :, :length] = k
+            cache.v[i][:, :, :length] = v
+            return ops.fused_attention(q, k, v, causal=True).transpose(1, 2)
+
+        cache.lengths.copy_(lengths)
+        x = self._forward(tokens, attend)
+        if all_logits:
+            return self.head(x.flatten(0, 1)).unflatten(0, (batch, length))
+        return self.head(x[torch.arange(batch, device=x.device), lengths.long() - 1])
+
+    @torch.inference_mode()
+    def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
+        """One step: the token of each row, int64 [B], stands at position cache.lengths, which this advances.
+
+        Returns float32 logits [B, V]. Everything happens on the device, so a CUDA graph can hold the step. The caller
+        keeps lengths below cache.max_length.
+        """
+
+        def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, D]
+            return ops.decode_attention(q, k, v, cache.k[i], cache.v[i], cache.lengths, cache.rope_cos, cache.rope_sin)
+
+        x = self._forward(tokens, attend)
+        cache.lengths.add_(1)
+        return self.head(x)
+
+    def _forward(self, tokens: Tensor, attend) -> Tensor:
+        """tokens [...] -> the normed last hidden state [..., d]; attend(layer, q, k, v) works on [..., heads, D]."""
+        c, eps = self.config, self.config.rms_norm_eps
+        heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
+        x = F.embedding(tokens, self.embedding)
+        residual = x.float()
+        x = ops.rms_norm(x, self.layers[0].attention_norm, eps=eps).to(self.dtype)
+        next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
+        for i, layer in enumerate(self.layers):
+            qkv = layer.qkv(x).unflatten(-1, (sum(heads), c.head_dim))
+            q, k, v = qkv.split(heads, dim=-2)
+            if layer.q_norm is not None:
+                q, k = ops.rms_norm(q, layer.q_norm, eps=eps), ops.rms_norm(k, layer.k_norm, eps=eps)
+            x = layer.out(attend(i, q, k, v).flatten(-2))
+            x, residual = ops.rms_norm(x, layer.ffn_norm, residual, eps=eps)
+            x = layer.ffn(x)
+            x, residual = ops.rms_norm(x, next_norms[i], residual, eps=eps)
+        return x
+
+    def weight_bytes(self) -> int:
+        """Bytes of weights that one decode step reads: layers, norms and head (of an untied embedding only a row)."""
+        tensors = [self.norm]
+        for layer in self.layers:
+            tensors += [layer.attention_norm, layer.ffn_norm, layer.q_norm, layer.k_norm]
+            tensors += [t for part in (*layer.qkv.parts, *layer.out.parts) for t in part]
+            tensors += [layer.ffn.gate, layer.ffn.up, layer.ffn.down]
+        return self.head.nbytes + sum(t.nbytes for t in tensors if t is not None)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RoPE on x [B, L, H, D] at positions 0 to L - 1: halves (a, b) of a head become (a cos - b sin, b cos + a sin)."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [L, 1, D / 2]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+def _kind(weight: Tensor | Int4Weight) -> tuple:
+    """Weights of one kind can be stacked, and share a kernel."""
+    if isinstance(weight, Tensor):
+        return (weight.dtype,)
+    return weight.group_size, weight.scales.dtype, None if weight.zeros is None else weight.zeros.dtype
+
+
+def _fuse(weights: list[Tensor | Int4Weight]) -> list[Tensor | Int4Weight]:
+    """The weights stacked along N if they are of one kind, otherwise as they are."""
+    if len(weights) == 1 or len({_kind(w) for w in weights}) > 1:
+        return weights
+    return [torch.cat(weights) if isinstance(weights[0], Tensor) else concat(weights)]
