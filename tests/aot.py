@@ -77,7 +77,7 @@ def device_facts(target: str) -> DeviceFacts:
     """What pick_config would be asked on a large chip of this target."""
     number = target.removeprefix("sm_")
     capability = (9, 4) if target.startswith("gfx") else (int(number[:-1]), int(number[-1]))
-    return DeviceFacts(target, capability, 132, SHARED_MEMORY_LIMIT[target], 2**25, not target.startswith("gfx"))
+    return DeviceFacts(target, capability, 132, SHARED_MEMORY_LIMIT[target], not target.startswith("gfx"))
 
 
 def compile_kernel(

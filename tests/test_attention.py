@@ -207,7 +207,7 @@ def test_compiles_for(target, D, rows, dropout):
 
 
 def test_config_is_pure_and_small():
-    facts = DeviceFacts("small", (8, 6), 28, 99 * 1024, 2**21, True)
+    facts = DeviceFacts("small", (8, 6), 28, 99 * 1024, True)
     config = attention.pick_config(4096, 128, 2, False, facts)
     assert config == attention.pick_config(4096, 128, 2, False, facts)
     assert attention.pick_config(16, 128, 2, False, facts).block_m == 16

@@ -266,13 +266,3 @@ def test_config_has_no_batch_and_fits():
     assert decode.pick_config(8, 4096, 128, 2, facts).num_splits == 132 // 8
     assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 2, "no more splits than the cache has chunks"
     assert decode.pick_config(1000, 4096, 64, 2, facts).num_splits == 1
-
-
-def test_refuses_what_the_kernel_cannot_read():
-    q, k, v, k_cache, v_cache, lengths, cos, sin = make_inputs(Case(4, 2, 10, (3, 4)), torch.bfloat16)
-    with pytest.raises(ValueError, match="v_cache strides"):
-        decode.decode_attention(q, k, v, k_cache, v_cache.transpose(1, 2).contiguous().transpose(1, 2), lengths)
-    with pytest.raises(ValueError, match="lengths has stride 2"):
-        decode.decode_attention(q, k, v, k_cache, v_cache, lengths.repeat_interleave(2)[::2])
-    with pytest.raises(ValueError, match="rope_cos strides"):
-        decode.decode_attention(q, k, v, k_cache, v_cache, lengths, cos.T.contiguous().T, sin)

@@ -1,11 +1,14 @@
 """The fused FFN kernels: in the interpreter (with a real grid barrier), as compiled for every target, and on a GPU."""
 
+import re
+
+import aot
 import pytest
 import torch
 from conftest import assert_close
 
 from tiny_gemm import ops
-from tiny_gemm.quantize_utils import quantize
+from tiny_gemm.quantize_utils import quantize, unit_k
 from tiny_gemm.reference import fused_ffn_ref, int4_ffn_ref
 from tiny_gemm.triton_fused_transformer import ffn
 
@@ -17,7 +20,7 @@ def make(m, d, h, n, gated, dtype, device="cpu", seed=0):
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
     weight = lambda i, o: (randn(o, i) / i**0.5).to(dtype).to(device).t()  # noqa: E731
-    x, b1, b2 = (t.to(dtype).to(device) for t in (randn(m, d), randn(h), randn(n)))
+    x, b1, b2 = (t.to(dtype).to(device) for t in (randn(m, d), randn(2 * h)[::2], randn(n)))  # b1 is strided
     return x, weight(d, h), b1, weight(h, n), b2, weight(d, h) if gated else None
 
 
@@ -71,45 +74,106 @@ def test_barrier_leaves_no_arrivals_behind():
             assert_close(y, fused_ffn_ref(*args, activation="gelu"), factor=2)
 
 
-INT4_KERNELS = {"g128": (128, 128, None, 8), "g32": (64, 32, "*fp32", 4)}  # unit, group_size, zeros, slices
+@pytest.mark.interp
+@pytest.mark.parametrize("groups", [(32, 64), (64, 32)])
+@pytest.mark.parametrize(("d", "h"), [(64, 128), (128, 64)], ids=["units-64-128", "units-128-64"])
+def test_int4_layers_of_different_units_and_groups(d, h, groups):
+    """SmolLM2's 576 and 1536 have units of 64 and of 128 columns; group sizes may differ as well."""
+    import interpreter
+
+    x, w1, _, w2, _, gate = make(2, d, h, 32, True, torch.bfloat16)
+    w1, gate, w2 = int4(w1, groups[0], False), int4(gate, groups[0], False), int4(w2, groups[1], False)
+    with interpreter.threaded():
+        y = ffn.int4_ffn(
+            x, w1.packed, w1.scales, w1.zeros, None, w2.packed, w2.scales, w2.zeros, None, gate.packed, gate.scales,
+            gate.zeros, *groups, h, 32, "silu",
+        )  # fmt: skip
+    assert_close(y, int4_ffn_ref(x, w1, None, w2, None, gate, activation="silu"), factor=2)
+
+
+@pytest.mark.interp
+def test_barrier_holds_when_programs_dawdle(monkeypatch):
+    """Every atomic is preceded by a random pause, so that programs meet the barrier in all possible ways."""
+    import random
+    import time
+
+    import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    atomic, pause = builder.create_atomic_rmw, random.Random(0)
+
+    def dawdling(self, *args, **kwargs):
+        time.sleep(pause.random() * 2e-3)
+        return atomic(self, *args, **kwargs)
+
+    monkeypatch.setattr(builder, "create_atomic_rmw", dawdling)
+    args = make(1, 64, 64, 64, False, torch.float16)
+    expected = fused_ffn_ref(*args, activation="relu")
+    for _ in range(5):
+        with interpreter.threaded(timeout_s=20):
+            y = ffn.fused_ffn(*args, "relu")
+        assert_close(y, expected, factor=2)
+
+
+# d, h, n, rows, bytes a weight, group sizes, dtype of zeros
+COMPILED = {
+    "dense": (2048, 8192, 2048, 1, 2, None, None),
+    "dense-16-rows": (2048, 8192, 2048, 16, 2, None, None),
+    "g128": (4096, 14336, 4096, 1, 0.5, 128, None),
+    "smollm2": (576, 1536, 576, 1, 0.5, 32, "*fp32"),
+    "g32-16-rows": (2048, 8192, 2048, 16, 0.5, 32, "*fp32"),
+}
 
 
 def compile_ffn(target, name):
-    import aot
-
-    amd = target.startswith("gfx")
-    small = target in ("sm_86", "sm_89", "sm_120")
+    """The gated kernel that the launcher would run on a large chip of this target."""
+    d, h, n, rows, weight_bytes, group_size, zeros = COMPILED[name]
+    facts = aot.device_facts(target)
+    config = ffn.pick_config(rows, d, h, n, weight_bytes, facts)
     pointers = {name: "*bf16" for name in ("x_ptr", "hidden_ptr", "y_ptr")} | {"barrier_ptr": "*i32"}
     sizes = dict.fromkeys(("M", "D", "H", "N", "stride_xm"), "i32")
-    constants = {"b1_ptr": None, "b2_ptr": None, "ACTIVATION": "silu", "BLOCK_N": 16, "BLOCK_M": 16 if amd else 8}
-    constants |= {"USE_ASM": not amd, "STAGES": 2 if amd else 3 if small else 4}
-    if name == "dense":
+    constants = {"b1_ptr": None, "b2_ptr": None, "ACTIVATION": "silu", "USE_ASM": facts.is_nvidia}
+    constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SLICES": config.slices}
+    constants |= {"STAGES": config.stages}
+    if group_size is None:
         weights = dict.fromkeys(("w1_ptr", "wg_ptr", "w2_ptr"), "*bf16")
         weights |= dict.fromkeys(("stride_w1n", "stride_wgn", "stride_w2n"), "i32")
-        constants |= {"stride_w1k": 1, "stride_wgk": 1, "stride_w2k": 1, "BLOCK_K": 64, "SLICES": 8}
+        constants |= {"stride_w1k": 1, "stride_wgk": 1, "stride_w2k": 1, "BLOCK_K": config.block_k}
         kernel = ffn._dense_ffn_kernel
     else:
-        unit, group_size, zeros, slices = INT4_KERNELS[name]
         weights = dict.fromkeys(("w1_ptr", "wg_ptr", "w2_ptr"), "*i16")
         weights |= dict.fromkeys(("s1_ptr", "sg_ptr", "s2_ptr"), "*fp16")
         z_ptrs = ("z1_ptr", "zg_ptr", "z2_ptr")
         weights |= dict.fromkeys(z_ptrs, zeros) if zeros else {}
         constants |= {} if zeros else dict.fromkeys(z_ptrs)
-        constants |= {"UNIT1": unit, "UNIT2": unit, "GROUP_SIZE1": group_size, "GROUP_SIZE2": group_size}
-        constants |= {"SLICES": slices}
+        constants |= {"UNIT1": unit_k(d), "UNIT2": unit_k(h), "GROUP_SIZE1": group_size, "GROUP_SIZE2": group_size}
         kernel = ffn._int4_ffn_kernel
-    options = {"num_warps": constants["SLICES"]} | ({} if amd else {"maxnreg": ffn.MAX_REGISTERS})
+    options = {"num_warps": config.slices} | ({"maxnreg": ffn.MAX_REGISTERS} if facts.is_nvidia else {})
     return aot.compile_kernel(kernel, target, pointers | sizes | weights, constants, unaligned=("M",), **options)
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", ["dense", *INT4_KERNELS])
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
-    import aot
-
     # On AMD a unit of 64 columns, 32 bytes a row, is loaded in narrower pieces.
-    aot.check(compile_ffn(target, name), vector_loads=not (target == "gfx942" and name == "g32"))
+    aot.check(compile_ffn(target, name), vector_loads=not (target == "gfx942" and name == "smollm2"))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_barrier_orders_memory(target):
+    """In this order: all threads meet, one arrives with an acquire-release atomic at GPU scope, waits with acquire
+    loads that invalidate L1, and all meet again before the second phase loads anything."""
+    code = [line for line in compile_ffn(target, "smollm2").assembly.splitlines() if "/*" in line]
+    at = lambda pattern, start=0: next(i for i in range(start, len(code)) if re.search(pattern, code[i]))  # noqa: E731
+    arrive = at(r"ATOMG?\.E\.ADD.*STRONG\.GPU")
+    assert any("BAR.SYNC" in line for line in code[:arrive])
+    assert "MEMBAR" in "".join(code[arrive - 12 : arrive]), "what was stored before is released"
+    wait = at(r"LDG?\.E.*STRONG\.GPU", arrive)
+    meet = at(r"BAR\.SYNC", wait)
+    assert any("CCTL.IVALL" in line for line in code[wait:meet]), "stale lines of L1 are dropped after the wait"
+    assert any(re.search(r"LDGSTS|LDG\.E", line) for line in code[meet:])
 
 
 @pytest.mark.gpu
@@ -136,7 +200,7 @@ def test_matches_the_oracle_on_a_gpu(m, activation, gated, dtype, poisoned):
 @pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, True), (-1, False)])
 @pytest.mark.parametrize("m", [1, 16, 17])
 def test_int4_matches_the_oracle_on_a_gpu(m, group_size, symmetric, gated, poisoned):
-    for d, h, n in [(128, 256, 48), (512, 1536, 576), (2048, 8192, 2048)]:
+    for d, h, n in [(128, 256, 48), (576 if group_size == 32 else 512, 1536, 576), (2048, 8192, 2048)]:
         x, w1, b1, w2, b2, gate = make(m, d, h, n, gated, torch.float16, "cuda")
         w1, w2, gate = (int4(w, group_size, symmetric) for w in (w1, w2, gate))
         y = ops.int4_ffn(x, w1, b1, w2, b2, gate, activation="silu")

@@ -38,13 +38,10 @@ class Case:
     mutated: tuple[int, ...] = ()
 
 
-def int4_gemm_case(n, k, group_size, symmetric):
+def int4_gemm_case(n, k, group_size, symmetric, with_bias=True):
     def make(rows, dtype):
-        return (
-            randn(rows, k, seed=1, dtype=dtype),
-            int4(n, k, group_size, symmetric),
-            randn(n, seed=2, dtype=dtype),
-        ), {}
+        bias = randn(n, seed=2, dtype=dtype) if with_bias else None
+        return (randn(rows, k, seed=1, dtype=dtype), int4(n, k, group_size, symmetric), bias), {}
 
     return Case(ops.int4_gemm, reference.int4_gemm_ref, make)
 
@@ -81,6 +78,16 @@ def norm_case(op, oracle, d, with_bias, with_residual):
     return Case(op, oracle, make, batched=(0, 3 if with_bias else 2))
 
 
+def heads_norm_case(op, oracle, with_residual):
+    """Norm of each head of a transposed [rows, length, heads, d], as Qwen3 could ask for it."""
+
+    def make(rows, dtype):
+        x, residual = (randn(rows, 5, 3, 64, seed=s, dtype=dtype).transpose(1, 2) for s in (1, 2))
+        return (x, randn(64, seed=3, dtype=dtype), residual if with_residual else None), {}
+
+    return Case(op, oracle, make, batched=(0, 2))
+
+
 def attention_case(heads, kv_heads, length, kv_length, d, causal):
     def make(rows, dtype):
         q = randn(rows, heads, length, d, seed=1, dtype=dtype)
@@ -106,12 +113,15 @@ def decode_case(heads, kv_heads, d, max_length):
 CASES = {
     "int4_gemm-g128": int4_gemm_case(192, 256, 128, True),
     "int4_gemm-g32-zeros": int4_gemm_case(49, 576, 32, False),
+    "int4_gemm-odd-no-bias": int4_gemm_case(17, 64, 32, True, with_bias=False),
     "fused_ffn-gelu": ffn_case(96, 160, 80, False, "gelu"),
     "fused_ffn-swiglu": ffn_case(64, 96, 64, True, "silu"),
     "int4_ffn-gelu": int4_ffn_case(128, 256, 64, False, "gelu", 64, True),
     "int4_ffn-swiglu": int4_ffn_case(96, 160, 96, True, "silu", 32, False),
     "rms_norm": norm_case(ops.rms_norm, reference.rms_norm_ref, 100, False, False),
     "rms_norm-residual": norm_case(ops.rms_norm, reference.rms_norm_ref, 576, False, True),
+    "rms_norm-heads": heads_norm_case(ops.rms_norm, reference.rms_norm_ref, with_residual=False),
+    "rms_norm-heads-residual": heads_norm_case(ops.rms_norm, reference.rms_norm_ref, with_residual=True),
     "layer_norm": norm_case(ops.layer_norm, reference.layer_norm_ref, 100, True, False),
     "layer_norm-residual": norm_case(ops.layer_norm, reference.layer_norm_ref, 96, True, True),
     "fused_attention": attention_case(9, 3, 37, 41, 64, True),
@@ -289,6 +299,23 @@ def test_writing_to_a_weight_shows():
     assert_close(ops.int4_gemm(x, weight), 2 * before.double(), factor=2)
 
 
+def test_another_k_for_the_same_integers():
+    """The copy in ATen's order belongs to the whole weight, not to its integers alone."""
+    weight = int4(16, 64, 32, True)
+    narrow = Int4Weight(weight.packed, weight.scales, None, 32, (16, 32))  # K = 32 is padded to the same unit
+    for w, k in ((weight, 64), (narrow, 32), (weight, 64)):
+        x = randn(1, k, dtype=torch.bfloat16)
+        assert_close(ops.int4_gemm(x, w), reference.int4_gemm_ref(x, w), factor=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_does_not_reach_inside(device):
+    args = [randn(*s).to(device) for s in ((2, 64), (64, 96), (96,), (96, 32), (32,))]
+    expected = ops.fused_ffn(*args)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        assert torch.equal(ops.fused_ffn(*args), expected)
+
+
 def test_the_ops_by_their_founding_names():
     q, k = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
     out = torch.ops.tiny_gemm.fused_attention(q, k, k, causal=True)
@@ -339,6 +366,27 @@ MISTAKES = {
         lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS, randn(16, 32)),
         ValueError,
         "both be given",
+    ),
+    "packed-strided": (
+        lambda: Int4Weight(W.packed.repeat(1, 2, 1, 1)[:, ::2], W.scales, None, 128, (32, 128)),
+        ValueError,
+        "it must be contiguous",
+    ),
+    "weight-dtype": (lambda: ops.rms_norm(X, torch.ones(128, dtype=torch.int64)), TypeError, "weight is torch.int64"),
+    "cache-strides": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.transpose(1, 2).contiguous().transpose(1, 2), LENGTHS),
+        ValueError,
+        "they must agree",
+    ),
+    "lengths-strided": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), torch.zeros(4, dtype=torch.int32)[::2]),
+        ValueError,
+        "lengths has strides",
+    ),
+    "rope-strided": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS, *[randn(32, 32)[::2]] * 2),
+        ValueError,
+        "rope_cos has strides",
     ),
     "cache": (
         lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE[:, :, :8], LENGTHS),

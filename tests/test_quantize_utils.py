@@ -88,6 +88,20 @@ def test_search_is_never_worse(kind, symmetric):
         assert searched.sum() == 0
 
 
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("base", "width"), [(1000.0, 0.05), (1.0, 0.005), (-3.0, 1e-7), (1e-3, 1e-9)])
+def test_narrow_groups_far_from_zero_keep_their_place(base, width, scale_dtype):
+    """Asymmetric: every weight within a step of the group's range, or, where the stored scales cannot hold so small a
+    step, the group within the scale's own rounding of its constant."""
+    w = base + width * torch.rand(4, 64, generator=torch.Generator().manual_seed(0))
+    error = (dequantize(quantize(w, 64, symmetric=False, scale_dtype=scale_dtype), torch.float64) - w.double()).abs()
+    step = (w.amax(-1) - w.amin(-1)) / 15
+    finest = 2**-24 if scale_dtype == torch.float16 else torch.finfo(scale_dtype).tiny
+    holds_steps = (step > 100 * finest).all()
+    rounding = abs(base) * (1e-6 if holds_steps else torch.finfo(scale_dtype).eps)
+    assert (error <= 0.55 * step.unsqueeze(-1) + rounding).all()
+
+
 def gguf_blocks(n, k, leading, seed=3):
     """Random GGUF Q4 blocks with `leading` fp16 numbers each; the numbers are finite."""
     rng = np.random.default_rng(seed)

@@ -1,16 +1,17 @@
 """The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
 
+import aot
 import pytest
 import torch
 from conftest import assert_close
 
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts
-from tiny_gemm.quantize_utils import quantize, unit_k
+from tiny_gemm.quantize_utils import Int4Weight, pack, quantize, unit_k
 from tiny_gemm.reference import int4_gemm_ref
 
-H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, 50 * 2**20, is_nvidia=True)
-SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, 24 * 2**20, is_nvidia=True)
+H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
+SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, is_nvidia=True)
 
 
 def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
@@ -20,7 +21,7 @@ def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=T
         torch.randn(n, k, generator=generator), group_size, symmetric=symmetric, scale_dtype=scale_dtype
     ).to(device)
     x = torch.randn(m, k + 16, generator=generator).to(dtype).to(device)[:, :k]
-    bias = torch.randn(n, generator=generator).to(dtype).to(device) if with_bias else None
+    bias = torch.randn(2 * n, generator=generator).to(dtype).to(device)[::2] if with_bias else None  # strided, too
     y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, bias, group_size, n)
     return y, int4_gemm_ref(x, weight, bias)
 
@@ -30,11 +31,38 @@ def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=T
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("m", "n", "k", "group_size"),
-    [(1, 48, 256, 128), (3, 17, 576, 32), (9, 33, 96, 32), (2, 20, 100, -1), (5, 16, 192, 64), (40, 40, 320, 32)],
-    ids=["decode", "k576", "m9", "per-channel", "g64", "prefill"],
+    [
+        *[(1, 48, 256, 128), (3, 17, 576, 32), (9, 33, 96, 32), (2, 20, 100, -1), (5, 16, 192, 64)],
+        *[(40, 40, 320, 32), (17, 20, 256, 128), (33, 70, 192, 64), (20, 16, 384, -1)],
+    ],
+    ids=["decode", "k576", "m9", "per-channel", "g64", "prefill", "prefill-g128", "prefill-g64", "prefill-channel"],
 )
 def test_matches_the_oracle_in_the_interpreter(m, n, k, group_size, symmetric, dtype, poisoned):
     assert_close(*run(m, n, k, group_size, symmetric, dtype))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("rows", [9, 17], ids=["decode", "prefill"])
+def test_offsets_beyond_32_bits(rows):
+    """Rows of x 2^28 elements apart, as hidden[:, -1] of a long prompt: the last ones are past 2^31."""
+    weight = quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), 64)
+    x = torch.empty(rows << 28, dtype=torch.float16).as_strided((rows, 64), (2**28, 1))  # only the rows are touched
+    x.copy_(torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)))
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 64, 16)
+    assert_close(y, int4_gemm_ref(x, weight))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("m", [2, 20], ids=["decode", "prefill"])
+def test_reads_no_row_past_the_last_tile(m):
+    """N = 17 needs two tiles; BLOCK_N 64 would reach two more, which here hold scales of NaN."""
+    whole = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 128)
+    whole.scales[2:] = float("nan")
+    part = Int4Weight(whole.packed[:2], whole.scales[:2], None, 128, (17, 128))
+    config = triton_gemm.GemmConfig(64, 16, slices=0 if m > 16 else 4, num_warps=4, stages=2)
+    x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
+    assert_close(y, int4_gemm_ref(x, part))
 
 
 @pytest.mark.interp
@@ -43,8 +71,6 @@ def test_unpack_gives_every_value(plane):
     """All 16 nibbles through a weight whose only non-zero column is in one plane."""
     q = torch.full((16, 128), 8, dtype=torch.uint8)
     q[:, 32 * plane + 5] = torch.arange(16, dtype=torch.uint8)
-    from tiny_gemm.quantize_utils import pack
-
     weight = pack(q, torch.ones(16, 1), None, 128)
     x = torch.zeros(1, 128, dtype=torch.bfloat16)
     x[0, 32 * plane + 5] = 1.0
@@ -52,42 +78,38 @@ def test_unpack_gives_every_value(plane):
     assert y[0].tolist() == [float(v - 8) for v in range(16)]
 
 
-KERNELS = {  # name: (block_n, block_m, slices, warps, stages, unit, group_size, zeros)
-    "decode-g128": (16, 8, 8, 8, 4, 128, 128, None),
-    "decode-g64": (32, 16, 4, 4, 3, 128, 64, "*fp16"),
-    "decode-g32": (16, 8, 4, 4, 4, 64, 32, "*fp32"),
-    "decode-per-channel": (16, 8, 4, 4, 3, 128, -1, "*fp16"),
-    "prefill-g128": (64, 64, 0, 4, 3, 128, 128, None),
-    "prefill-g32": (64, 64, 0, 4, 3, 64, 32, "*fp32"),
+SHAPES = {  # name: (m, n, k, group_size, dtype of zeros)
+    "decode-g128": (1, 4096, 4096, 128, None),
+    "decode-g64": (16, 28672, 8192, 64, "*fp16"),
+    "decode-g32": (1, 1536, 576, 32, "*fp32"),
+    "decode-per-channel": (8, 4096, 14336, -1, "*fp16"),
+    "prefill-g128": (512, 4096, 4096, 128, None),
+    "prefill-g32": (512, 1536, 576, 32, "*fp32"),
 }
 
 
 def compile_gemm(target, name, dtype="bf16"):
-    import aot
-
-    block_n, block_m, slices, warps, stages, unit, group_size, zeros = KERNELS[name]
-    amd = target.startswith("gfx")
-    if amd:  # its matrix instructions are 16 wide, its shared memory 64 KB
-        block_m, stages = max(block_m, 16), 2
+    """The kernel that int4_gemm would launch on a large chip of this target."""
+    m, n, k, group_size, zeros = SHAPES[name]
+    facts = aot.device_facts(target)
+    config = triton_gemm.pick_config(m, n, k, facts)
     signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp16", "z_ptr": zeros, "y_ptr": f"*{dtype}"}
     signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
-    constants = {"BLOCK_N": block_n, "BLOCK_M": block_m, "UNIT": unit, "GROUP_SIZE": group_size, "STAGES": stages}
-    constants |= {"USE_ASM": not amd, "bias_ptr": None} | ({} if zeros else {"z_ptr": None})
+    constants = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "UNIT": unit_k(k), "GROUP_SIZE": group_size}
+    constants |= {"STAGES": config.stages, "USE_ASM": facts.is_nvidia, "bias_ptr": None}
+    constants |= {} if zeros else {"z_ptr": None}
     kernel = triton_gemm._int4_gemm_prefill_kernel
-    if slices:
-        kernel, constants["SLICES"] = triton_gemm._int4_gemm_kernel, slices
-    return aot.compile_kernel(kernel, target, signature, constants, num_warps=warps, unaligned=("M", "N"))
+    if config.slices:
+        kernel, constants["SLICES"] = triton_gemm._int4_gemm_kernel, config.slices
+    return aot.compile_kernel(kernel, target, signature, constants, num_warps=config.num_warps, unaligned=("M", "N"))
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942"])
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
-    import aot
-
-    compiled = compile_gemm(target, name)
     # A unit of 64 columns is 32 bytes a row: on AMD the compiler splits that into narrower loads.
-    aot.check(compiled, vector_loads=not (target == "gfx942" and "g32" in name))
+    aot.check(compile_gemm(target, name), vector_loads=not (target == "gfx942" and "g32" in name))
 
 
 @pytest.mark.aot
@@ -107,7 +129,7 @@ def test_pick_config_fits_and_sums_in_one_order(n, k, facts):
     configs = [triton_gemm.pick_config(m, n, k, facts) for m in (1, 2, 8, 9, 16)]
     for config in [*configs, triton_gemm.pick_config(512, n, k, facts)]:
         assert triton_gemm.shared_memory_bytes(config, unit_k(k)) <= facts.shared_memory_bytes
-    assert len({(c.block_n, c.slices, c.num_warps) for c in configs}) == 1  # block_m alone may depend on the batch
+    assert len({(c.slices, c.num_warps) for c in configs}) == 1  # how K is split must not depend on the batch
     assert configs[0] == configs[1] == configs[2]
 
 

@@ -10,23 +10,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What pick_config functions decide by. shared_memory_bytes: the most one block may use. l2_bytes: size of L2."""
+    """What pick_config functions decide by. shared_memory_bytes: the most one block may use."""
 
     name: str
     capability: tuple[int, int]
     sm_count: int
     shared_memory_bytes: int
-    l2_bytes: int
     is_nvidia: bool
-
-    @property
-    def has_pdl(self) -> bool:
-        """Programmatic dependent launch exists from sm_90 on."""
-        return self.is_nvidia and self.capability >= (9, 0)
 
 
 # What kernels see in Triton's interpreter: a tiny chip, so that small tests have several waves of blocks.
-INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, l2_bytes=2**20, is_nvidia=False)
+INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)
 
 
 def device_facts(device: torch.device) -> DeviceFacts:
@@ -45,7 +39,6 @@ def _cuda_facts(index: int) -> DeviceFacts:
         capability=(p.major, p.minor),
         sm_count=p.multi_processor_count,
         shared_memory_bytes=p.shared_memory_per_block_optin if is_nvidia else 64 * 1024,
-        l2_bytes=p.L2_cache_size,
         is_nvidia=is_nvidia,
     )
 
@@ -58,36 +51,39 @@ def device_guard(t: Tensor):
 
 
 _COUNTERS: dict[tuple[str, torch.device, int], Tensor] = {}
-_RETIRED: list[Tensor] = []  # buffers that grew too small; CUDA graphs may still hold their addresses
-_CAPTURE = -1  # stands for the stream of every capture
+_RETIRED: list[Tensor] = []  # buffers that grew too small: kernels of another thread may still be using them
+_CAPTURED: dict[tuple[str, torch.device], tuple[Tensor, int]] = {}  # the pool for CUDA graphs, and what is given out
+_CAPTURED_COUNTERS = 2**20
+_COUNTERS_ALIGN = 32  # int32 in a cache line of 128 bytes
 
 
 def counters(device: torch.device, n: int, kind: str = "arrivals") -> Tensor:
-    """At least n int32 in device memory that start as zeros and are kept for ever, for the current stream and `kind`.
+    """At least n int32 in device memory that start as zeros and are kept for ever, for kernels of one `kind`.
 
     A kernel that counts arrivals leaves them at zero (the last block to arrive resets its own), so no launch has to
-    clear them. Each stream has its own, so that kernels on two streams do not count each other's blocks. CUDA graphs
-    share one set, which an ordinary call has to set up before (the usual warm-up): two graphs that hold such kernels
-    must not be replayed at the same time.
+    clear them. Every stream has its own, so that kernels on two streams do not count each other's blocks. In a CUDA
+    graph every launch has its own, from a pool that is set up by the op's first ordinary call (the usual warm-up) and
+    begins anew after a million counters.
     """
     if device.type == "cpu":
-        return _reserve_counters(kind, device, 0, n)
+        return _stream_counters(kind, device, 0, n)
     if torch.cuda.is_current_stream_capturing():
-        buffer = _COUNTERS.get((kind, device, _CAPTURE))
-        if buffer is None or buffer.numel() < n:
+        if (kind, device) not in _CAPTURED:
             raise RuntimeError("run the op once before capturing it in a CUDA graph: it sets up its counters then")
-        return buffer
-    _reserve_counters(kind, device, _CAPTURE, n)
-    return _reserve_counters(kind, device, torch.cuda.current_stream(device).cuda_stream, n)
+        pool, used = _CAPTURED[kind, device]
+        start = used if used + n <= _CAPTURED_COUNTERS else 0
+        _CAPTURED[kind, device] = pool, start + -(-n // _COUNTERS_ALIGN) * _COUNTERS_ALIGN
+        return pool[start:]
+    if (kind, device) not in _CAPTURED:
+        _CAPTURED[kind, device] = torch.zeros(_CAPTURED_COUNTERS, dtype=torch.int32, device=device), 0
+        torch.cuda.current_stream(device).synchronize()  # once; a replay waits for no stream of ours
+    return _stream_counters(kind, device, torch.cuda.current_stream(device).cuda_stream, n)
 
 
-def _reserve_counters(kind: str, device: torch.device, stream: int, n: int) -> Tensor:
+def _stream_counters(kind: str, device: torch.device, stream: int, n: int) -> Tensor:
     buffer = _COUNTERS.get((kind, device, stream))
     if buffer is None or buffer.numel() < n:
         if buffer is not None:
             _RETIRED.append(buffer)
-        buffer = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()  # once; a capture's stream waits for nothing else
-        _COUNTERS[(kind, device, stream)] = buffer
+        buffer = _COUNTERS[kind, device, stream] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
     return buffer

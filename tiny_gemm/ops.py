@@ -26,9 +26,21 @@ _lib = torch.library.Library("tiny_gemm", "DEF")
 def _register(schema: str, *, fake, cpu, cuda) -> None:
     _lib.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     name = schema.partition("(")[0]
-    _lib.impl(name, cpu, "CPU")
-    _lib.impl(name, cuda, "CUDA")
+    _lib.impl(name, _outside_autocast(cpu, "cpu"), "CPU")
+    _lib.impl(name, _outside_autocast(cuda, "cuda"), "CUDA")
     torch.library.register_fake(f"tiny_gemm::{name}", fake, lib=_lib)
+
+
+def _outside_autocast(implementation, device_type: str):
+    """Autocast must not reach the torch calls inside an implementation: an op computes in the dtypes it is given."""
+
+    def call(*args, **kwargs):
+        if not torch.is_autocast_enabled(device_type):
+            return implementation(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return implementation(*args, **kwargs)
+
+    return call
 
 
 def _check_tensors(op: str, x: Tensor, others: dict[str, Tensor | None], *, same_dtype: tuple[str, ...] = ()) -> None:
@@ -119,13 +131,16 @@ _ATEN_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) -> Tensor:
     """x [M, K] bfloat16 @ W.T by ATen's CPU kernel (w = (q - 8) * scale + offset, both rounded to bfloat16)."""
-    state = tuple((t.data_ptr(), t._version) for t in (packed, scales, zeros) if t is not None and not t.is_inference())
+    parts = [t for t in (packed, scales, zeros) if t is not None]
+    # The state changes when somebody writes to the weight; only tensors made in inference mode do not tell.
+    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in parts]
+    state = versions, group_size, out_features, x.shape[1]
     cached = _ATEN_PACKED.get(packed)
-    if cached is None or cached[0] != state:  # the state changes if somebody writes to the weight
+    if cached is None or cached[0] != state:
         weight = Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1]))
         cached = _ATEN_PACKED[packed] = state, *_aten_pack(weight)
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cached[1], group_size, cached[2])
-    return y[:, :out_features]
+    return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
 
 def _aten_pack(weight: Int4Weight) -> tuple[Tensor, Tensor]:
@@ -318,12 +333,8 @@ def _int4_ffn_fake(
 
 def _int4_ffn_composed(
     x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
-    group_size1, group_size2, hidden, out_features, *, activation="gelu",
+    group_size1, group_size2, hidden, out_features, activation,
 ):  # fmt: skip
-    _check_int4_ffn(
-        x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
-        group_size1, group_size2, hidden, out_features, activation,
-    )  # fmt: skip
     gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
     act = reference.ACTIVATIONS[activation]
     h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
@@ -332,6 +343,11 @@ def _int4_ffn_composed(
     else:
         h = act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden)) * h
     return gemm(h, w2_packed, w2_scales, w2_zeros, b2, group_size2, out_features)
+
+
+def _int4_ffn_cpu(x, *args, activation="gelu"):
+    _check_int4_ffn(x, *args, activation)
+    return _int4_ffn_composed(x, *args, activation)
 
 
 def _int4_ffn_cuda(
@@ -344,10 +360,10 @@ def _int4_ffn_cuda(
         w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
         group_size1, group_size2, hidden, out_features,
     )  # fmt: skip
+    _check_int4_ffn(x, *args, activation)
     rows = x.reshape(-1, x.shape[-1])
     if len(rows) > ffn.FUSED_ROWS:
-        return _int4_ffn_composed(x, *args, activation=activation)
-    _check_int4_ffn(x, *args, activation)
+        return _int4_ffn_composed(x, *args, activation)
     return ffn.int4_ffn(rows, *args, activation).view(*x.shape[:-1], out_features)
 
 
@@ -356,7 +372,7 @@ _register(
     " Tensor w2_scales, Tensor? w2_zeros, Tensor? b2, Tensor? wg_packed, Tensor? wg_scales, Tensor? wg_zeros,"
     ' int group_size1, int group_size2, int hidden, int out_features, *, str activation="gelu") -> Tensor',
     fake=_int4_ffn_fake,
-    cpu=_int4_ffn_composed,
+    cpu=_int4_ffn_cpu,
     cuda=_int4_ffn_cuda,
 )
 
@@ -396,6 +412,9 @@ def _check_norm(op: str, x, weight, bias, residual) -> None:
     _check_shape(op, "weight", weight, (x.shape[-1],))
     _check_shape(op, "bias", bias, (x.shape[-1],))
     _check_shape(op, "residual", residual, tuple(x.shape))
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None and t.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} is {t.dtype}, it must be bfloat16, float16 or float32")
     if residual is not None and residual.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"{op}: residual is {residual.dtype}, it must be float32 or the input's {x.dtype}")
 
@@ -419,12 +438,12 @@ def _register_norm(name: str, plain_schema: str, add_schema: str, compute) -> No
     def cpu(x, *args):
         weight, bias, eps = unpack_args(args)
         _check_norm(name, x, weight, bias, None)
-        return compute(x.float(), weight, bias, eps).to(x.dtype)
+        return compute(x.float(), weight, bias, eps).to(x.dtype).contiguous()
 
     def add_cpu(x, residual, *args):
         weight, bias, eps = unpack_args(args)
         _check_norm(name, x, weight, bias, residual)
-        s = x.float() + residual.float()
+        s = x.contiguous().float() + residual.contiguous().float()
         return compute(s, weight, bias, eps).to(x.dtype), s.to(residual.dtype)
 
     def launch(x, residual, args):
@@ -573,7 +592,8 @@ def decode_attention(
 
     q: [B, Hq, D]; k, v: [B, Hkv, D], the new token's; last dimension contiguous (they may be views of one QKV row).
     k_cache, v_cache: [B, Hkv, Lmax, D], last dimension contiguous, WRITTEN IN PLACE at position lengths[b].
-    lengths: int32 [B] on the device: tokens already in the cache. Not advanced here: all layers of a step share it.
+    lengths: int32 [B] on the device: tokens already in the cache, negative ones count as 0. Not advanced here: all
+    layers of a step share it.
     rope_cos, rope_sin: float32 [>= Lmax, R / 2], row p for position p, rotate-half pairing (d with d + R / 2) over the
     first R <= D dimensions; None for no RoPE. scale: default D ** -0.5.
     A row with lengths[b] >= Lmax is not appended and attends to the Lmax cached tokens: a device cannot raise, so
@@ -622,6 +642,13 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
     for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(-1) != 1:
             raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
+    for name, t in (("lengths", lengths), ("rope_cos", rope_cos), ("rope_sin", rope_sin)):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{op}: {name} has strides {t.stride()}, it must be contiguous")
+    if any(a != b for a, b, n in zip(k_cache.stride(), v_cache.stride(), k_cache.shape, strict=True) if n > 1):
+        raise ValueError(
+            f"{op}: k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}; they must agree"
+        )
 
 
 def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
@@ -633,7 +660,7 @@ def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rop
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
     b, q_heads, d = q.shape
     kv_heads, max_length = k_cache.shape[1:3]
-    cached = lengths.tolist()
+    cached = [max(n, 0) for n in lengths.tolist()]
     if rope_cos is not None:
         positions = [min(n, max_length - 1) for n in cached]
         cos, sin = (torch.stack([table[p] for p in positions]).unsqueeze(1) for table in (rope_cos, rope_sin))

@@ -46,7 +46,7 @@ def unit_k(k: int) -> int:
     return 128 if k % 128 == 0 else 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Int4Weight:
     """A packed INT4 weight of `shape` (N, K), used as y = x @ W.T; the module's docstring gives the layout.
 
@@ -127,6 +127,7 @@ def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> In
     n, k = q.shape
     _check_group_size(k, group_size)
     groups = 1 if group_size == -1 else k // group_size
+    scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
     for name, t in (("scales", scales), ("zeros", zeros)):
         if t is not None:
             _check_tensor(name, t, _FLOATS, (n, groups), n, k)
@@ -183,7 +184,8 @@ def quantize(
 
     search=True also tries smaller and slightly larger scales for every group, and a least-squares fit of scale (and
     zero) to the rounded integers, and keeps whatever has the least squared error: never worse than search=False.
-    The error is that of the scales as stored in scale_dtype.
+    The error is that of the scales as stored in scale_dtype. Zeros are float32: those of a narrow group far from 0
+    are large.
     """
     if w.dim() != 2 or not w.is_floating_point() or 0 in w.shape:
         raise ValueError(f"w must be a non-empty floating-point matrix [N, K], got {w.dtype} {tuple(w.shape)}")
@@ -193,7 +195,7 @@ def quantize(
     _check_group_size(k, group_size)
     groups = 1 if group_size == -1 else k // group_size
     parts = []
-    for rows in w.split(max(1, _WEIGHTS_AT_ONCE // k)):
+    for rows in w.detach().split(max(1, _WEIGHTS_AT_ONCE // k)):
         grouped = rows.float().view(rows.shape[0], groups, -1)
         if not bool(grouped.isfinite().all()):
             raise ValueError("w holds NaN or infinity, which 4-bit integers cannot represent")
@@ -298,25 +300,22 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu"):
 
 
 def _quantize_groups(w: Tensor, symmetric: bool, search: bool, scale_dtype: torch.dtype):
-    """w float32 [N, G, g] -> (q uint8 [N, G, g], scales [N, G], zeros [N, G]) with scales and zeros in scale_dtype."""
+    """w float32 [N, G, g] -> (q uint8 [N, G, g], scales [N, G] in scale_dtype, zeros float32 [N, G])."""
     low, high = w.amin(-1), w.amax(-1)
-    if symmetric:
-        plain = torch.where(high > -low, high, low) / -8  # the larger side gets the 8 steps, the other 7
-        candidates = [(plain, torch.full_like(plain, SYMMETRIC_ZERO))]
-        shrink = lambda f: (plain * f, candidates[0][1])  # noqa: E731
-    else:
-        candidates = [_affine(low, high)]
-        shrink = lambda f: _affine(*((low + high) / 2 + side * (high - low) / 2 * f for side in (-1, 1)))  # noqa: E731
-    if search:
-        candidates += [shrink(f) for f in _SEARCH_SHRINKS]
+    eight = torch.full_like(low, SYMMETRIC_ZERO)
+    if symmetric:  # the larger side gets the 8 steps, the other 7
+        plain = torch.where(high > -low, high, low) / -8
+        fit = lambda shrink: (plain * shrink, eight)  # noqa: E731
+    else:  # the range [low, high], shrunk around its middle, becomes 0 to 15
+        middle, half = (low + high) / 2, (high - low) / 2
+        fit = lambda shrink: _affine(half * shrink / 7.5, middle - half * shrink, 0, scale_dtype)  # noqa: E731
 
-    q, best_q, best_scale, best_zero, best_error = None, None, None, None, None
-    for scale, zero in candidates:
+    q = best_q = best_scale = best_zero = best_error = None
+    for shrink in (1.0, *_SEARCH_SHRINKS) if search else (1.0,):
         for refit in (False, True) if search else (False,):
-            if refit:
-                scale, zero = _least_squares(w, q, symmetric)
-            scale, zero = scale.to(scale_dtype), zero.to(scale_dtype)
-            s, z = scale.float().unsqueeze(-1), zero.float().unsqueeze(-1)
+            scale, zero = _least_squares(w, q, symmetric, scale_dtype) if refit else fit(shrink)
+            scale = scale.to(scale_dtype)
+            s, z = scale.float().unsqueeze(-1), zero.unsqueeze(-1)
             q = (w / s.masked_fill(s == 0, 1.0) + z).round_().clamp_(0, 15)
             error = ((q - z) * s - w).square_().sum(-1)
             if best_q is None:
@@ -329,15 +328,20 @@ def _quantize_groups(w: Tensor, symmetric: bool, search: bool, scale_dtype: torc
     return best_q.to(torch.uint8), best_scale, best_zero
 
 
-def _affine(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and zero that map [low, high] to [0, 15]; a constant group c becomes scale -c, zero 1 (so that q = 0)."""
-    scale = (high - low) / 15
-    constant = scale == 0
-    zero = torch.where(constant, 1.0, -low / scale.masked_fill(constant, 1.0))
-    return torch.where(constant, -low, scale), zero
+def _affine(scale: Tensor, at_w: Tensor, at_q: Tensor | float, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale, and the zero with which the stored scale maps integer at_q to weight at_w exactly.
+
+    A group whose stored scale would be 0 is (as good as) the constant c = at_w and becomes scale -c, with which q = 0
+    means c; where c is 0 too, everything is 0.
+    """
+    constant = scale.to(scale_dtype) == 0
+    scale = torch.where(constant, -at_w, scale)
+    stored = scale.to(scale_dtype).float()
+    at_q = torch.where(constant, 0.0, torch.as_tensor(at_q, dtype=torch.float32))
+    return scale, torch.where(stored == 0, 1.0, at_q - at_w / stored.masked_fill(stored == 0, 1.0))
 
 
-def _least_squares(w: Tensor, q: Tensor, symmetric: bool) -> tuple[Tensor, Tensor]:
+def _least_squares(w: Tensor, q: Tensor, symmetric: bool, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale and zero that minimise sum((q - zero) * scale - w)^2 for given integers q [N, G, g]."""
     if symmetric:
         c = q - SYMMETRIC_ZERO
@@ -345,12 +349,7 @@ def _least_squares(w: Tensor, q: Tensor, symmetric: bool) -> tuple[Tensor, Tenso
         return scale, torch.full_like(scale, SYMMETRIC_ZERO)
     q_mean, w_mean = q.mean(-1), w.mean(-1)
     c = q - q_mean.unsqueeze(-1)
-    spread = c.square().sum(-1)
-    flat = spread == 0
-    scale = (w * c).sum(-1) / spread.masked_fill(flat, 1.0)
-    flat |= scale == 0
-    scale = torch.where(flat, -w_mean, scale)
-    return scale, torch.where(flat, q_mean + 1.0, q_mean - w_mean / scale.masked_fill(scale == 0, 1.0))
+    return _affine((w * c).sum(-1) / c.square().sum(-1).clamp_(min=0.5), w_mean, q_mean, scale_dtype)
 
 
 def _split_gguf_blocks(blocks: Tensor, block_bytes: int) -> tuple[Tensor, Tensor]:
@@ -376,6 +375,8 @@ def _check_tensor(name: str, t: Tensor, dtypes: tuple, shape: tuple[int, ...], n
     if t.dtype not in dtypes or t.shape != shape:
         wanted = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise ValueError(f"{name} of a {n} x {k} weight must be {wanted} {shape}, got {t.dtype} {tuple(t.shape)}")
+    if not t.is_contiguous():
+        raise ValueError(f"{name} of a {n} x {k} weight has strides {t.stride()}, it must be contiguous")
 
 
 def _kind(w: Int4Weight) -> tuple:

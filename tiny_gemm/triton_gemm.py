@@ -95,7 +95,7 @@ def int4_tile(
     slices = tl.arange(0, SLICES)
     w_rows = tile * units * (16 * COLS) + (offs_n % 16) * COLS  # [BLOCK_N]
     s_rows = tile * groups * 16 + offs_n % 16  # [BLOCK_N]
-    x_ptrs = x_ptr + offs_m[None, None, :] * stride_xm + offs_c[None, :, None]  # [1, COLS, BLOCK_M]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * stride_xm + offs_c[None, :, None]  # [1, COLS, BLOCK_M]
     ones = tl.full([SLICES, BLOCK_N, COLS], 1.0, DTYPE)
 
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
@@ -278,13 +278,13 @@ def fit_shared_memory(config: GemmConfig, unit: int, facts: DeviceFacts, matrice
 
 
 def pick_config(m: int, n: int, k: int, facts: DeviceFacts) -> GemmConfig:
-    """The configuration for x [m, k] and W [n, k]. Within the decode sizes only block_m depends on m, so that a row's
-    sums are added in one order whatever its batch."""
+    """The configuration for x [m, k] and W [n, k]. Within the decode sizes the slices of K do not depend on m, so that a
+    row's sums are added in one order whatever its batch."""
     unit = unit_k(k)
     if m <= DECODE_ROWS:
         # Swept on an H200, 2026-11-22, M = 1 and 8: see docs/notes/int4-gemm.md.
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # AMD's matrix instructions are 16 wide, NVIDIA's 8
-        block_n = 16 if n <= 64 * facts.sm_count else 32
+        block_n = 32 if m <= 8 and n > 64 * facts.sm_count else 16  # 32 x 16 runs out of registers
         slices = 4 if k <= 4096 else 8
         config = GemmConfig(block_n, block_m, slices, slices, stages=3)
     else:
@@ -309,6 +309,7 @@ def int4_gemm(
     n = out_features
     if x.stride(1) != 1:
         x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     y = x.new_empty(m, n)
     if m == 0:
         return y

@@ -12,7 +12,6 @@ row that sees no key is zero. Dropout keeps probability (b, h, i, j) where the n
 keeps by 1 / (1 - dropout_p); the softmax is normalised before dropout.
 """
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, device_facts
+from tiny_gemm.device import DeviceFacts, device_facts, device_guard
 
 LOG2_E = 1.4426950408889634
 
@@ -184,7 +183,7 @@ def fused_attention(
     config = pick_config(Lq * group, D, q.element_size(), dropout_p > 0, device_facts(q.device))
     out = torch.empty((batch, Lq, heads, D), dtype=q.dtype, device=q.device)
     grid = (triton.cdiv(Lq * group, config.block_m), kv_heads, batch)
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+    with device_guard(q):
         _fused_attention_kernel[grid](
             q,
             k,

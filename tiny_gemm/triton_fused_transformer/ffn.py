@@ -120,7 +120,7 @@ def _dense_tile(
     slices = tl.arange(0, SLICES)
     offs_k = tl.arange(0, BLOCK_K)
     w_ptrs = w_ptr + offs_n.to(tl.int64)[None, :, None] * stride_wn  # [1, BLOCK_N, 1]
-    x_ptrs = x_ptr + offs_m[None, None, :] * stride_xm  # [1, 1, BLOCK_M]
+    x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * stride_xm  # [1, 1, BLOCK_M]
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.range(0, steps, num_stages=STAGES):
         k = ((slices * steps + i) * BLOCK_K)[:, None] + offs_k[None, :]  # [SLICES, BLOCK_K]
@@ -282,9 +282,9 @@ def shared_memory_bytes(config: FfnConfig, weight_bytes: float) -> int:
 
 
 def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: DeviceFacts) -> FfnConfig:
-    """The configuration for x [m, d], hidden size h, output size n. Only block_m depends on m: see int4_gemm."""
+    """The configuration for x [m, d], hidden size h, output size n; the slices of K do not depend on m: see int4_gemm."""
     # Swept on an H200, 2026-11-22, INT4: h 1536 and 8192, M = 1 and 8: see docs/notes/int4-gemm.md.
-    block_n = 16 if max(h, n) <= 32 * facts.sm_count else 32
+    block_n = 32 if m <= 8 and max(h, n) > 32 * facts.sm_count else 16  # 32 x 16 runs out of registers
     block_m = 8 if m <= 8 and facts.is_nvidia else 16
     slices = 4 if weight_bytes == 0.5 else 8
     block_k = 64 if weight_bytes == 2 else max(unit_k(d), unit_k(h))
@@ -315,11 +315,13 @@ def _launch(kernel, config: FfnConfig, facts: DeviceFacts, x: Tensor, h: int, n:
     return y
 
 
-def _check(x: Tensor) -> Tensor:
+def _check(x: Tensor, b1: Tensor | None, b2: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x, b1 and b2 as the kernels read them: rows and biases without gaps."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"the fused FFN kernel takes bfloat16 or float16, got {x.dtype}")
     assert x.shape[0] <= FUSED_ROWS
-    return x if x.stride(1) == 1 else x.contiguous()
+    b1, b2 = (None if b is None else b.contiguous() for b in (b1, b2))
+    return x if x.stride(1) == 1 else x.contiguous(), b1, b2
 
 
 def fused_ffn(
@@ -333,7 +335,7 @@ def fused_ffn(
     config: FfnConfig | None = None,
 ) -> Tensor:
     """x [M <= 16, d], w1 and w_gate [d, h], w2 [h, n], any strides -> [M, n]; see ops.fused_ffn."""
-    x = _check(x)
+    x, b1, b2 = _check(x, b1, b2)
     (d, h), n = w1.shape, w2.shape[1]
     facts = device_facts(x.device)
     config = config or pick_config(x.shape[0], d, h, n, 2, facts)
@@ -365,7 +367,7 @@ def int4_ffn(
     config: FfnConfig | None = None,
 ) -> Tensor:
     """x [M <= 16, d] through Int4Weights given by their parts -> [M, out_features]; see ops.int4_ffn."""
-    x = _check(x)
+    x, b1, b2 = _check(x, b1, b2)
     m, d = x.shape
     facts = device_facts(x.device)
     config = config or pick_config(m, d, hidden, out_features, 0.5, facts)
