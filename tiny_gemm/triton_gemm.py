@@ -278,8 +278,8 @@ def fit_shared_memory(config: GemmConfig, unit: int, facts: DeviceFacts, matrice
 
 
 def pick_config(m: int, n: int, k: int, facts: DeviceFacts) -> GemmConfig:
-    """The configuration for x [m, k] and W [n, k]. Within the decode sizes the slices of K do not depend on m, so that a
-    row's sums are added in one order whatever its batch."""
+    """The configuration for x [m, k] and W [n, k]. Within the decode sizes the slices of K do not depend on m, so that
+    a row's sums are added in one order whatever its batch."""
     unit = unit_k(k)
     if m <= DECODE_ROWS:
         # Swept on an H200, 2026-11-22, M = 1 and 8: see docs/notes/int4-gemm.md.

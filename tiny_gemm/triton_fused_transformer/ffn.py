@@ -24,7 +24,7 @@ from tiny_gemm.quantize_utils import TILE_N, unit_k
 from tiny_gemm.triton_gemm import int4_tile, store_tile
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
-MAX_REGISTERS = 240  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
+MAX_REGISTERS = 255  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -282,14 +282,16 @@ def shared_memory_bytes(config: FfnConfig, weight_bytes: float) -> int:
 
 
 def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: DeviceFacts) -> FfnConfig:
-    """The configuration for x [m, d], hidden size h, output size n; the slices of K do not depend on m: see int4_gemm."""
+    """The configuration for x [m, d], hidden size h, output n; the slices of K do not depend on m: see int4_gemm."""
     # Swept on an H200, 2026-11-22, INT4: h 1536 and 8192, M = 1 and 8: see docs/notes/int4-gemm.md.
-    block_n = 32 if m <= 8 and max(h, n) > 32 * facts.sm_count else 16  # 32 x 16 runs out of registers
+    # INT4 with more than 8 rows runs out of registers with a larger tile or a third stage.
+    block_n = 32 if m <= 8 and max(h, n) > 32 * facts.sm_count else 16
+    stages = 2 if m > 8 and weight_bytes == 0.5 else 3
     block_m = 8 if m <= 8 and facts.is_nvidia else 16
     slices = 4 if weight_bytes == 0.5 else 8
     block_k = 64 if weight_bytes == 2 else max(unit_k(d), unit_k(h))
     programs = min(facts.sm_count, triton.cdiv(max(h, n), block_n))
-    config = FfnConfig(block_n, block_m, block_k, slices, stages=3, programs=programs)
+    config = FfnConfig(block_n, block_m, block_k, slices, stages, programs)
     while config.stages > 2 and shared_memory_bytes(config, weight_bytes) > facts.shared_memory_bytes - 8192:
         config = replace(config, stages=config.stages - 1)
     return config
