@@ -16,14 +16,18 @@ import time
 from pathlib import Path
 from statistics import median
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from tiny_gemm import checkpoint
-from tiny_gemm.cli import keep_memory_small, processor
-from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2
-from tiny_gemm.generate import Generator, SamplingParams
+from tiny_gemm.cli import keep_memory_small, processor, wait_without_spinning
+
+wait_without_spinning()  # for both sides alike
+
+import torch  # noqa: E402
+
+from tiny_gemm import checkpoint  # noqa: E402
+from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2  # noqa: E402
+from tiny_gemm.generate import Generator, SamplingParams, peak_memory  # noqa: E402
 
 ROUNDS = 3
 
@@ -69,7 +73,7 @@ def main() -> int:
     table = Table("", "decode, tokens/s", "first token", "peak memory", box=None, pad_edge=False)
     our_name = f"Tiny-GEMM, INT4 weights, {str(model.dtype).split('.')[-1]}"
     for name, runs, memory in (
-        (our_name, ours, peak_memory(device)),
+        (our_name, ours, peak_memory(torch.device(device))),
         (f"transformers {peer.version}, {peer.dtype}", theirs, answer["peak_memory"]),
     ):
         rate, first = (median(run[key] for run in runs) for key in ("rate", "first_s"))
@@ -148,20 +152,12 @@ def run_peer(gguf: Path, device: str, threads: int) -> None:
             pad_token_id=2,
         )
         end = time.perf_counter()
-        answer = {"first_s": first.time - start, "decode_s": end - first.time, "peak_memory": peak_memory(device)}
+        answer = {
+            "first_s": first.time - start,
+            "decode_s": end - first.time,
+            "peak_memory": peak_memory(torch.device(device)),
+        }
         print(json.dumps(answer), flush=True)
-
-
-def peak_memory(device: str) -> int:
-    """Bytes: of the GPU as torch allocates, else of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():  # unlike getrusage's figure, it is not inherited from the parent
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 if __name__ == "__main__":

@@ -182,6 +182,7 @@ def test_rope_factors_are_the_llama3_scaling_as_gguf_stores_it(head_dim):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "rope_scaling lacks 'low_freq_factor'"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be a positive integer"),
+        ({"head_dim": 72}, "head_dim=72 is not supported"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -192,7 +193,7 @@ def test_refuses_a_config_that_it_does_not_know(change, message):
 
 
 def test_reads_the_config_of_old_and_new_transformers():
-    old = hf_config("qwen2") | {"rope_theta": 1e6, "eos_token_id": [2, 5], "head_dim": None}
+    old = hf_config("qwen2", hidden=256, heads=4) | {"rope_theta": 1e6, "eos_token_id": [2, 5], "head_dim": None}
     new = {k: v for k, v in old.items() if k != "rope_theta"}
     new |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     assert ModelConfig.from_hf(old) == ModelConfig.from_hf(new)

@@ -53,7 +53,14 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def main() -> None:
+    wait_without_spinning()
     app(prog_name="tiny-gemm")
+
+
+def wait_without_spinning() -> None:
+    """Makes OpenMP's threads sleep where they wait. Spinning, as they do by default, lets a step of many small kernels
+    take ten times as long as soon as another process wants a core. Only works before torch is imported."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.callback(invoke_without_command=True)
@@ -128,7 +135,9 @@ def generate(
             params = replace(params, max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, limit - longest)))
         generator = Generator(transformer, tokenizer, max_length=min(longest + params.max_new_tokens, limit))
 
-        results = generator.generate(token_ids, params) if as_json else _stream(generator, token_ids, params)
+        is_chat = not raw and tokenizer.chat_template is not None
+        prompts = token_ids if is_chat else texts  # text goes on from text, a chat's answer begins anew
+        results = generator.generate(prompts, params) if as_json else _stream(generator, prompts, params)
         setup = {"model": str(path), "device": str(transformer.device), "dtype": str(transformer.dtype).split(".")[-1]}
         if as_json:
             answers = [{"prompt": text, **asdict(result)} for text, result in zip(texts, results, strict=True)]
@@ -269,10 +278,10 @@ def _encode(tokenizer: "Tokenizer", texts: list[str], system: str | None, raw: b
     return [tokenizer.encode(chat, add_special=False) for chat in chats]
 
 
-def _stream(generator: "Generator", token_ids: list[list[int]], params: "SamplingParams") -> "list[Result]":
+def _stream(generator: "Generator", prompts: list, params: "SamplingParams") -> "list[Result]":
     """Writes the first answer as it comes and the others of a batch after it; Ctrl-C ends them where they are."""
-    heading = "--- {} of " + str(len(token_ids)) if len(token_ids) > 1 else ""
-    stream = generator.stream(token_ids, params)
+    heading = f"--- {{}} of {len(prompts)}" if len(prompts) > 1 else ""
+    stream = generator.stream(prompts, params)
     sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows ?
     try:
         if heading:

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -153,7 +154,9 @@ class Generator:
         stops = params.stop_token_ids
         if stops is None:
             stops = {*self.model.config.eos_token_ids, *(self.tokenizer.eos_ids if self.tokenizer else ())}
-        decoders = [self.tokenizer.stream(continuation=True) if self.tokenizer else None for _ in ids]
+        # Text goes on from a text prompt; token ids are a chat's, whose answer is a text of its own.
+        texts = [isinstance(p, str) for p in prompts]
+        decoders = [self.tokenizer.stream(continuation=text) if self.tokenizer else None for text in texts]
         rows = [_Row(len(p), params, frozenset(stops), d) for p, d in zip(ids, decoders, strict=True)]
         return Stream(rows, self._tokens(ids, seeds, params), self.model.device)
 
@@ -245,7 +248,7 @@ class Stream:
 
     @property
     def results(self) -> list[Result]:
-        return [row.result(_peak_memory(self._device)) for row in self._rows]
+        return [row.result(peak_memory(self._device)) for row in self._rows]
 
     def _run(self, tokens: Iterator[list[int]]) -> Iterator[Piece]:
         start = time.perf_counter()
@@ -440,9 +443,13 @@ def _sampling_key(params: SamplingParams) -> tuple:
     return params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU as torch allocates, else the most this process has held of the machine's memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux; unlike getrusage's figure, this one is not inherited from the parent process
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows

@@ -71,8 +71,8 @@ class ModelConfig:
                 raise ValueError(f"{name}={value!r} must be a positive integer")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even, RoPE rotates pairs")
+        if self.head_dim not in ops.HEAD_SIZES:
+            raise ValueError(f"head_dim={self.head_dim} is not supported; supported: {ops.HEAD_SIZES}")
         rope_frequencies(self)  # refuses a rope_scaling that it does not know
 
     def check_cache_length(self, max_length: int) -> None:
