@@ -11,7 +11,6 @@ Errors name the value and the rule: ValueError (a shape, size or option that bre
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tiny_gemm import reference
 from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, TILE_N, Int4Weight, check_packed, dequantize, unpack
@@ -32,7 +31,7 @@ def _register(schema: str, *, fake, cpu, cuda) -> None:
 
 
 def _outside_autocast(implementation, device_type: str):
-    """Autocast must not reach the torch calls inside an implementation: an op computes in the dtypes it is given."""
+    """Keeps autocast from the torch calls inside an implementation: an op computes in the dtypes that it is given."""
 
     def call(*args, **kwargs):
         if not torch.is_autocast_enabled(device_type):
@@ -125,20 +124,21 @@ def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 
 
 ATEN_INT4_ROWS = 16  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
-# That kernel has a packed order of its own. A weight's copy in that order lives as long as the weight.
-_ATEN_PACKED: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) -> Tensor:
-    """x [M, K] bfloat16 @ W.T by ATen's CPU kernel (w = (q - 8) * scale + offset, both rounded to bfloat16)."""
-    parts = [t for t in (packed, scales, zeros) if t is not None]
-    # The state changes when somebody writes to the weight; only tensors made in inference mode do not tell.
-    versions = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in parts]
-    state = versions, group_size, out_features, x.shape[1]
-    cached = _ATEN_PACKED.get(packed)
+    """x [M, K] bfloat16 @ W.T by ATen's CPU kernel (w = (q - 8) * scale + offset, both rounded to bfloat16).
+
+    The kernel has a packed order of its own. The weight's copy in that order is kept as an attribute of `packed`, and
+    so lives as long as the weight.
+    """
+    # Another state means that somebody wrote to the weight; only tensors made in inference mode do not tell.
+    versions = [0 if t is None or t.is_inference() else t._version for t in (packed, scales, zeros)]
+    state = id(scales), id(zeros), versions, group_size, x.shape[1]
+    cached = getattr(packed, "_aten_int4", None)
     if cached is None or cached[0] != state:
         weight = Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1]))
-        cached = _ATEN_PACKED[packed] = state, *_aten_pack(weight)
+        cached = packed._aten_int4 = state, *_aten_pack(weight), scales, zeros  # which keeps the ids unique
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cached[1], group_size, cached[2])
     return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
 
@@ -443,7 +443,7 @@ def _register_norm(name: str, plain_schema: str, add_schema: str, compute) -> No
     def add_cpu(x, residual, *args):
         weight, bias, eps = unpack_args(args)
         _check_norm(name, x, weight, bias, residual)
-        s = x.contiguous().float() + residual.contiguous().float()
+        s = residual.contiguous() + x if residual.dtype == torch.float32 else residual.contiguous().float() + x
         return compute(s, weight, bias, eps).to(x.dtype), s.to(residual.dtype)
 
     def launch(x, residual, args):
