@@ -16,18 +16,14 @@ import time
 from pathlib import Path
 from statistics import median
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
-from tiny_gemm.cli import keep_memory_small, processor, wait_without_spinning
-
-wait_without_spinning()  # for both sides alike
-
-import torch  # noqa: E402
-
-from tiny_gemm import checkpoint  # noqa: E402
-from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2  # noqa: E402
-from tiny_gemm.generate import Generator, SamplingParams, peak_memory  # noqa: E402
+from tiny_gemm import checkpoint
+from tiny_gemm.cli import keep_memory_small, processor
+from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2
+from tiny_gemm.generate import Generator, SamplingParams, peak_memory
 
 ROUNDS = 3
 
@@ -37,6 +33,8 @@ def main() -> int:
     parser.add_argument("--question", default="Explain in two sentences why the sky is blue.")
     parser.add_argument("--tokens", type=int, default=64, help="tokens a measured round generates")
     arguments = parser.parse_args()
+    if not 2 <= arguments.tokens <= 1024:
+        parser.error(f"--tokens {arguments.tokens} must be 2 to 1024")
     gguf = find_smollm2()
     if gguf is None:
         print(f"the demo's model is not installed; get it with: {HOW_TO_GET_SMOLLM2}", file=sys.stderr)
@@ -161,10 +159,9 @@ def run_peer(gguf: Path, device: str, threads: int) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--peer"]:
-        run_peer(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
-    else:
-        try:
-            sys.exit(main())
-        except KeyboardInterrupt:
-            sys.exit(130)
+    try:
+        if sys.argv[1:2] == ["--peer"]:
+            sys.exit(run_peer(Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])))
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

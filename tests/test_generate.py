@@ -1,5 +1,6 @@
 """Sampling against plain definitions and transformers' own, and the Generator on tiny and scripted models."""
 
+import dataclasses
 import math
 import random
 import re
@@ -14,6 +15,7 @@ from tiny_gemm.generate import (
     Generator,
     SamplingParams,
     StopStrings,
+    _Slots,
     _splitmix,
     candidates,
     gumbel_noise,
@@ -198,6 +200,53 @@ def test_decoding_is_prefilling_one_token_more(tiny):
         logits = model.prefill(torch.tensor([ids]), torch.tensor([len(ids)], dtype=torch.int32), cache)
         assert int(logits.argmax(-1)) == token
         ids.append(token)
+
+
+def test_every_step_has_noise_of_its_own(tiny):
+    """Flat logits: what is picked is what sample gives for steps 0, 1, 2 and so on."""
+    vocab, params = tiny[0].config.vocab_size, SamplingParams(temperature=1.0)
+    cache = KVCache.allocate(tiny[0].config, 2, 8, "cpu", torch.float32)
+    slots, logits, seeds = _Slots.allocate(cache, vocab), torch.zeros(2, vocab), (3, 4)
+    slots.begin(torch.zeros(2, 1, dtype=torch.int64), seeds)
+    picked = []
+    for step in range(5):
+        slots.pick(logits, params)
+        picked.append(tuple(slots.tokens.tolist()))
+        expected, _ = sample(logits, params, torch.tensor(seeds), torch.tensor([step]))
+        assert picked[-1] == tuple(expected.tolist())
+    assert len(set(picked)) == 5
+
+
+def test_padding_is_nothing_that_a_prompt_has_not_said(tiny):
+    """The repetition penalty of a short row in a ragged batch is that of the row alone."""
+    generator, params = Generator(*tiny, max_length=64), SamplingParams(max_new_tokens=8, repetition_penalty=5.0)
+    together = generator.generate(PROMPTS, params)
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        assert generator.generate(prompt, params)[0].token_ids == result.token_ids
+
+
+def test_two_streams_of_one_generator_do_not_mix(tiny):
+    generator = Generator(*tiny, max_length=64)
+    first, second = (generator.stream(p, SamplingParams(max_new_tokens=8, stop_token_ids=())) for p in PROMPTS[:2])
+    next(first), next(second)
+    with pytest.raises(RuntimeError, match="another generation has begun"):
+        list(first)
+    assert generator.generate(PROMPTS[1], SamplingParams(max_new_tokens=8, stop_token_ids=()))
+
+
+def test_calls_within_and_without_inference_mode_share_a_generator(tiny):
+    generator, params = Generator(*tiny, max_length=64), SamplingParams(max_new_tokens=4)
+    with torch.inference_mode():
+        inside = generator.generate(PROMPTS[0], params)
+    assert generator.generate(PROMPTS[0], params)[0].token_ids == inside[0].token_ids
+
+
+def test_the_tokenizers_end_tokens_stop_too(tiny):
+    model, tokenizer = tiny
+    script = Scripted([10, tokenizer.eos_ids[0], 11])
+    script.config = dataclasses.replace(script.config, eos_token_ids=())
+    result = Generator(script, tokenizer, max_length=32).generate([1, 2], SamplingParams(max_new_tokens=8))[0]
+    assert (result.finish_reason, result.token_ids[-1]) == ("stop", tokenizer.eos_ids[0])
 
 
 def test_seeds_reproduce(tiny):

@@ -183,6 +183,13 @@ def test_rope_factors_are_the_llama3_scaling_as_gguf_stores_it(head_dim):
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"num_hidden_layers": 0}, "num_layers=0 must be a positive integer"),
         ({"head_dim": 72}, "head_dim=72 is not supported"),
+        ({"rms_norm_eps": None}, "rms_norm_eps=None must be a finite number above 0"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5' must be a finite number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 must be a finite number above 0"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor=-2 must be a finite number above 0"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
+        ({"max_position_embeddings": "256"}, "max_position_embeddings='256' must be a positive integer"),
+        ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window='8' must be a positive integer"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -1,5 +1,8 @@
 """The INT4 format: what is packed comes back, imports lose nothing, the search never loses, files are whole."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -168,6 +171,24 @@ def test_save_and_load_are_bit_equal(tmp_path, symmetric):
 def test_failed_save_leaves_nothing(tmp_path):
     with pytest.raises(NotImplementedError, match="meta"):  # a tensor without data cannot be written
         qu.save_packed(tmp_path / "w.safetensors", {"a": torch.empty(3, device="meta")})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_os_error(tmp_path):
+    """In a process of its own, whose files may not grow past 4 KiB."""
+    program = """
+import resource, signal, sys, torch
+from tiny_gemm.quantize_utils import save_packed
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+try:
+    save_packed(sys.argv[1], {"a": torch.zeros(100000)})
+except OSError as e:
+    print("OSError", e)
+"""
+    path = tmp_path / "w.safetensors"
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("OSError") and "w.safetensors" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -39,6 +39,8 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 QUANT_METHOD = "tiny_gemm"  # quantization_config.quant_method in a packed directory's config.json
 _LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _INT4_KINDS = ("Q4_0", "Q4_1", "INT4")  # kinds that are read as Int4Weight
+_COUNTS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim", "max_position_embeddings")
+_COUNTS += ("num_attention_heads", "num_key_value_heads")
 _MAX_COUNT = 2**24  # no sane count in a config is larger; keeps a corrupt one from being allocated
 _ROW_CHUNK_BYTES = 8 << 20  # quantized rows are widened this much at a time
 _TOKENIZER_FILES = (
@@ -118,23 +120,23 @@ def convert(
     started = time.perf_counter()
     src, dst = Path(src), Path(dst)
     with _clear_errors(src):
-        if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        if dst.is_symlink() or (dst.exists() and (not dst.is_dir() or any(dst.iterdir()))):
             raise CheckpointError(f"{dst} exists and is not an empty directory; convert writes a new one")
         source = _open(src)
         _check(source, group_size)
         weights: dict[str, Weight] = {}
         quantized = 0
-        with _reading(source, "Quantizing", progress) as names:
-            for name in names:
-                w = _prepare(source, name, torch.float16, group_size, symmetric=symmetric, search=search)
-                weights[name] = w
-                quantized += isinstance(w, Int4Weight) and source.kinds[name] not in _INT4_KINDS
-        int4 = [w for w in weights.values() if isinstance(w, Int4Weight)]
-        sizes = sorted({w.group_size for w in int4})
-        quantization = {"quant_method": QUANT_METHOD, "bits": 4, "group_size": sizes[0] if len(sizes) == 1 else sizes}
-        quantization["symmetric"] = all(w.symmetric for w in int4)
         dst.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with _directory_beside(dst) as beside:
+        with _directory_beside(dst) as beside:  # before the work, so that a place that cannot be written to costs none
+            with _reading(source, "Quantizing", progress) as names:
+                for name in names:
+                    w = _prepare(source, name, torch.float16, group_size, symmetric=symmetric, search=search)
+                    weights[name] = w
+                    quantized += isinstance(w, Int4Weight) and source.kinds[name] not in _INT4_KINDS
+            int4 = [w for w in weights.values() if isinstance(w, Int4Weight)]
+            sizes = sorted({w.group_size for w in int4})
+            quantization = {"quant_method": QUANT_METHOD, "bits": 4, "symmetric": all(w.symmetric for w in int4)}
+            quantization["group_size"] = sizes[0] if len(sizes) == 1 else sizes
             quantize_utils.save_packed(beside / "model.safetensors", weights)
             config = source.config | {"quantization_config": quantization}
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -207,7 +209,7 @@ def _check(source: Source, group_size: int | None) -> ModelConfig:
     if group_size not in (None, *quantize_utils.GROUP_SIZES):
         raise CheckpointError(f"group_size={group_size} must be one of {quantize_utils.GROUP_SIZES} (-1: per-channel)")
     for key, value in source.config.items():
-        if type(value) is int and value > _MAX_COUNT and not key.endswith("_token_id"):
+        if type(value) is int and value > _MAX_COUNT and key in _COUNTS:
             raise CheckpointError(f"{source.path}: {key}={value} is out of range, at most {_MAX_COUNT}")
     try:
         config = ModelConfig.from_hf(source.config)
@@ -419,6 +421,7 @@ def _gguf_config(
         "rope_theta": get("rope.freq_base", float, 10000.0),
         "rope_scaling": _gguf_rope_scaling(path, get, factors, head_dim),
         "sliding_window": window,
+        "use_sliding_window": window is not None,
         "attention_bias": architecture == "llama" and "model.layers.0.self_attn.q_proj.bias" in names,
         "tie_word_embeddings": "lm_head.weight" not in names,
         "bos_token_id": tokenizer.bos_id,

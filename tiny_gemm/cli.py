@@ -53,14 +53,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def main() -> None:
-    wait_without_spinning()
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller: >&-
+            setattr(sys, name, open(os.devnull, "w"))
     app(prog_name="tiny-gemm")
-
-
-def wait_without_spinning() -> None:
-    """Makes OpenMP's threads sleep where they wait. Spinning, as they do by default, lets a step of many small kernels
-    take ten times as long as soon as another process wants a core. Only works before torch is imported."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @app.callback(invoke_without_command=True)
@@ -262,6 +258,11 @@ def _read_prompts(prompts: list[str] | None) -> list[str]:
     if prompts.count("-") > 1:
         raise ValueError("-p - reads stdin to its end, so it can be given only once")
     texts = [sys.stdin.read().removesuffix("\n") if p == "-" else p for p in prompts]
+    for i, text in enumerate(texts, 1):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"prompt {i} of {len(texts)} is not UTF-8") from None
     if empty := [i for i, text in enumerate(texts, 1) if not text.strip()]:
         raise ValueError(f"prompt {empty[0]} of {len(texts)} is empty")
     return texts

@@ -72,7 +72,8 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Stats:
-    """ttft_s: seconds from the start of iteration to the first token. tokens_per_s: the row's decode rate after it.
+    """ttft_s: seconds from the start of iteration to the first token; on a GPU the first call of a kind also compiles
+    kernels and captures a graph. tokens_per_s: the row's decode rate after it.
     peak_memory: bytes; of the GPU if the model is on one (what torch has allocated), of the process otherwise."""
 
     prompt_tokens: int
@@ -120,6 +121,7 @@ class Generator:
         config.check_cache_length(max_length)
         self.max_length = max_length
         self.run_ahead = int(model.device.type == "cuda") if run_ahead is None else run_ahead
+        self._turn = 0  # counts calls, so that a stream whose cache another call has taken over can tell
         self._slots: _Slots | None = None
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
         self._graph_pool = torch.cuda.graph_pool_handle() if model.device.type == "cuda" else None
@@ -177,8 +179,9 @@ class Generator:
 
     def _tokens(self, ids: list[list[int]], seeds: tuple[int, ...], params: SamplingParams) -> Iterator[list[int]]:
         """The batch's tokens, a list a step; -1 where the logits were not finite."""
+        self._turn = turn = self._turn + 1
         slots = self._reserve(len(ids))
-        step = self._step(slots, params)  # first, because capturing runs steps on the cache
+        step = self._step(slots, params) if params.max_new_tokens > 1 else None  # first: capturing runs on the cache
         width = max(map(len, ids))
         padded = torch.tensor([p + p[-1:] * (width - len(p)) for p in ids], device=self.model.device)
         lengths = torch.tensor([len(p) for p in ids], dtype=torch.int32, device=self.model.device)
@@ -187,6 +190,8 @@ class Generator:
         slots.pick(logits, params)
         in_flight, launched = deque([slots.post()]), 1
         while in_flight or launched < params.max_new_tokens:
+            if turn != self._turn:
+                raise RuntimeError("another generation has begun on this Generator, which has one KV cache")
             while launched < params.max_new_tokens and len(in_flight) <= self.run_ahead:
                 step()
                 in_flight.append(slots.post())
@@ -197,9 +202,12 @@ class Generator:
         if self._slots is None or self._slots.tokens.shape[0] < batch:
             self._graphs.clear()
             self._slots = None  # freed before the larger one is allocated
+            if self._graph_pool is not None:
+                self._graph_pool = torch.cuda.graph_pool_handle()  # a pool ends with the last of its graphs
             model = self.model
-            cache = KVCache.allocate(model.config, batch, self.max_length, model.device, model.dtype)
-            self._slots = _Slots.allocate(cache, model.config.vocab_size)
+            with torch.inference_mode(False):  # so that calls within and without inference mode can share them
+                cache = KVCache.allocate(model.config, batch, self.max_length, model.device, model.dtype)
+                self._slots = _Slots.allocate(cache, model.config.vocab_size)
         return self._slots.rows(batch)
 
     def _step(self, slots: "_Slots", params: SamplingParams) -> Callable[[], None]:
@@ -367,7 +375,7 @@ class _Slots:
         host = torch.empty(self.picked.shape, dtype=torch.int64, pin_memory=True)
         host.copy_(self.picked, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(self.picked.device))
 
         def wait() -> list[int]:
             arrived.synchronize()

@@ -66,9 +66,16 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "head_dim",
+            "max_position_embeddings",
+            "sliding_window",
         ):
-            if not isinstance(value := getattr(self, name), int) or value < 1:
+            value = getattr(self, name)
+            if (type(value) is not int or value < 1) and not (name == "sliding_window" and value is None):
                 raise ValueError(f"{name}={value!r} must be a positive integer")
+        factors = {k: v for k, v in (self.rope_scaling or {}).items() if k.endswith("factor")}
+        for name, value in {"rms_norm_eps": self.rms_norm_eps, "rope_theta": self.rope_theta, **factors}.items():
+            if type(value) not in (int, float) or not 0 < value < math.inf:
+                raise ValueError(f"{name}={value!r} must be a finite number above 0")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} must be a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim not in ops.HEAD_SIZES:
@@ -99,11 +106,16 @@ class ModelConfig:
             raise ValueError("mlp_bias=true is not supported; gate_proj, up_proj and down_proj must have no bias")
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+        if nested := [k for k, v in rope.items() if isinstance(v, Mapping)]:
+            raise ValueError(
+                f"rope_parameters of each layer type ({', '.join(nested)}) are not supported, only one set"
+            )
+        theta = rope.pop("rope_theta", None)
+        theta = config.get("rope_theta") if theta is None else theta
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
         window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
-        if kind != "mistral" and "sliding_attention" not in config.get("layer_types", ["sliding_attention"]):
+        if kind != "mistral" and "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
             window = None
         bias = kind == "qwen2" or bool(config.get("attention_bias"))
         eos = config.get("eos_token_id")
@@ -118,7 +130,7 @@ class ModelConfig:
             head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
             max_position_embeddings=config.get("max_position_embeddings") or 2048,
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-            rope_theta=float(theta),
+            rope_theta=10000.0 if theta is None else theta,
             rope_scaling=None if rope["rope_type"] == "default" else rope,
             qkv_bias=bias,
             output_bias=bias and kind != "qwen2",
@@ -396,7 +408,7 @@ class Transformer:
         next_norms = [layer.attention_norm for layer in self.layers[1:]] + [self.norm]
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(x).unflatten(-1, (sum(heads), c.head_dim))
-            q, k, v = qkv.split(heads, dim=-2)
+            q, k, v = qkv.split_with_sizes(heads, dim=-2)
             if layer.q_norm is not None:
                 q, k = ops.rms_norm(q, layer.q_norm, eps=eps), ops.rms_norm(k, layer.k_norm, eps=eps)
             x = layer.out(attend(i, q, k, v).flatten(-2))

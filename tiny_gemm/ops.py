@@ -123,7 +123,7 @@ def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
     return y.reshape(*x.shape[:-1], out_features)
 
 
-ATEN_INT4_ROWS = 16  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
+ATEN_INT4_ROWS = 64  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
 
 
 def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) -> Tensor:
@@ -341,7 +341,7 @@ def _int4_ffn_composed(
     if wg_packed is None:
         h = act(h)
     else:
-        h = act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden)) * h
+        h *= act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden))
     return gemm(h, w2_packed, w2_scales, w2_zeros, b2, group_size2, out_features)
 
 
@@ -462,7 +462,7 @@ _register_norm(
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     # F.rms_norm is composite on a CPU, and slower than this.
-    lambda s, weight, bias, eps: s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight.float(),
+    lambda s, weight, bias, eps: (s * s.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight),
 )
 _register_norm(
     "layer_norm",
@@ -658,23 +658,28 @@ def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, ro
 
 def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
-    b, q_heads, d = q.shape
-    kv_heads, max_length = k_cache.shape[1:3]
-    cached = [max(n, 0) for n in lengths.tolist()]
+    q_heads, kv_heads = q.shape[1], k.shape[1]
     if rope_cos is not None:
-        positions = [min(n, max_length - 1) for n in cached]
-        cos, sin = (torch.stack([table[p] for p in positions]).unsqueeze(1) for table in (rope_cos, rope_sin))
+        positions = lengths.clamp(0, k_cache.shape[2] - 1)
+        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (rope_cos, rope_sin))
         heads = reference.rotate_half(torch.cat((q, k), dim=1).float(), cos, sin).to(q.dtype)
-        q, k = heads.split((q_heads, kv_heads), dim=1)
-    out = []
-    for row, n in enumerate(cached):
-        if n < max_length:
-            k_cache[row, :, n] = k[row]
-            v_cache[row, :, n] = v[row]
-        seen_k, seen_v = (cache[row : row + 1, :, : n + 1] for cache in (k_cache, v_cache))
-        grouped = q[row].view(1, kv_heads, q_heads // kv_heads, d)  # a group's query heads share a KV head
-        out.append(F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, q_heads, d))
-    return torch.cat(out)
+        q, k = heads.split_with_sizes((q_heads, kv_heads), dim=1)
+    tensors = q, k, v, k_cache, v_cache
+    rows = [tensors] if len(q) == 1 else zip(*(t.split(1) for t in tensors), strict=True)
+    outputs = [_append_and_attend(max(n, 0), *row, scale) for n, row in zip(lengths.tolist(), rows, strict=True)]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _append_and_attend(length: int, q, k, v, k_cache, v_cache, scale) -> Tensor:
+    """One sequence: k and v [1, Hkv, D] go to position `length`, and q [1, Hq, D] attends to what is there then."""
+    (_, q_heads, d), (kv_heads, max_length) = q.shape, k_cache.shape[1:3]
+    if length < max_length:
+        k_cache.select(2, length).copy_(k)
+        v_cache.select(2, length).copy_(v)
+    seen = min(length + 1, max_length)
+    grouped = q.reshape(1, kv_heads, q_heads // kv_heads, d)  # a group's query heads share a KV head
+    seen_k, seen_v = k_cache.narrow(2, 0, seen), v_cache.narrow(2, 0, seen)
+    return F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, q_heads, d)
 
 
 def _decode_attention_cuda(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):

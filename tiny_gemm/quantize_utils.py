@@ -253,6 +253,7 @@ def save_packed(
 
     The file is written beside `path` and renamed, so that an interrupted call leaves no half file.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     flat: dict[str, Tensor] = {}
@@ -271,8 +272,10 @@ def save_packed(
     try:
         save_file(flat, beside, metadata=header)
         os.replace(beside, path)
-    except BaseException:
+    except BaseException as e:
         os.unlink(beside)
+        if isinstance(e, SafetensorError):  # what it makes of a full disk, too
+            raise OSError(f"{path} could not be written: {e}") from e
         raise
 
 

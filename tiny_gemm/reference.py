@@ -139,8 +139,8 @@ def fused_attention_ref(
 def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on x [..., D]: dimension i pairs with i + R / 2 (cos, sin [..., R / 2]); dimensions past R pass through."""
     half = cos.shape[-1]
-    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+    a, b, rest = x.split_with_sizes((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest), dim=-1)
 
 
 def decode_attention_ref(
