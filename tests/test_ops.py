@@ -316,6 +316,22 @@ def test_autocast_does_not_reach_inside(device):
         assert torch.equal(ops.fused_ffn(*args), expected)
 
 
+@every_case
+def test_the_short_cut_on_cpu_gives_the_ops_result(case):
+    """Plain CPU tensors skip the dispatcher; through torch.ops the same bits come out."""
+    args, kwargs = arguments(case, 2, torch.bfloat16, "cpu")
+    overload, parts, part_kwargs = overload_and_parts(case, args, kwargs)
+    direct, parts = fresh(case, args), tuple(p.clone() if isinstance(p, torch.Tensor) else p for p in parts)
+    for a, e in zip(flat(case.op(*direct, **kwargs)), flat(overload(*parts, **part_kwargs)), strict=True):
+        assert torch.equal(a, e)
+
+
+def test_the_profiler_sees_the_ops_on_a_cpu():
+    with torch.profiler.profile() as profile:
+        ops.int4_gemm(X, W)
+    assert any(event.key == "tiny_gemm::int4_gemm" for event in profile.key_averages())
+
+
 def test_the_ops_by_their_founding_names():
     q, k = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
     out = torch.ops.tiny_gemm.fused_attention(q, k, k, causal=True)
