@@ -130,14 +130,14 @@ def _int4_gemm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 
 def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
     k = x.shape[-1]
-    rows = x.reshape(-1, k)
+    rows = x if x.dim() == 2 else x.reshape(-1, k)
     if x.dtype == torch.bfloat16 and group_size != -1 and len(rows) <= ATEN_INT4_ROWS:
         y = _aten_int4_mm(rows, packed, scales, zeros, group_size, out_features)
         y = y if bias is None else y + bias
     else:
         weight = dequantize(Int4Weight(packed, scales, zeros, group_size, (out_features, k)))
         y = F.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    return y.reshape(*x.shape[:-1], out_features)
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 
 ATEN_INT4_ROWS = 64  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
@@ -149,9 +149,11 @@ def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) 
     The kernel has a packed order of its own. The weight's copy in that order is kept as an attribute of `packed`, and
     so lives as long as the weight.
     """
-    # Another state means that somebody wrote to the weight; only tensors made in inference mode do not tell.
-    versions = [0 if t is None or t.is_inference() else t._version for t in (packed, scales, zeros)]
-    state = id(scales), id(zeros), versions, group_size, x.shape[1]
+    try:  # a weight that somebody wrote to has another version
+        version = packed._version + scales._version + (0 if zeros is None else zeros._version)
+    except RuntimeError:  # tensors made in inference mode have none: those must not be written to
+        version = 0
+    state = id(scales), id(zeros), version, group_size, x.shape[1]
     cached = getattr(packed, "_aten_int4", None)
     if cached is None or cached[0] != state:
         weight = Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1]))
