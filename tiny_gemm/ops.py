@@ -16,8 +16,7 @@ from torch import Tensor
 from tiny_gemm import reference
 from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, TILE_N, Int4Weight, check_packed, dequantize, unpack
 
-HALF_DTYPES = (torch.bfloat16, torch.float16)
-FLOAT_DTYPES = (*HALF_DTYPES, torch.float32)
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
 _lib = torch.library.Library("tiny_gemm", "DEF")

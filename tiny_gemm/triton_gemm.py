@@ -264,15 +264,15 @@ class GemmConfig:
     stages: int
 
 
-def shared_memory_bytes(config: GemmConfig, unit: int, matrices: int = 1) -> int:
-    """What the software pipeline keeps in flight, for `matrices` weights that are read side by side."""
-    weights = matrices * config.block_n * unit // 2  # a unit of one row is unit / 2 bytes
+def shared_memory_bytes(config: GemmConfig, unit: int) -> int:
+    """What the software pipeline keeps in flight."""
+    weights = config.block_n * unit // 2  # a unit of one row is unit / 2 bytes
     return (config.stages - 1) * max(config.slices, 1) * (weights + config.block_m * unit * 2)
 
 
-def fit_shared_memory(config: GemmConfig, unit: int, facts: DeviceFacts, matrices: int = 1) -> GemmConfig:
+def fit_shared_memory(config: GemmConfig, unit: int, facts: DeviceFacts) -> GemmConfig:
     """The configuration with as many stages (2 at least) as one block may hold in shared memory."""
-    while config.stages > 2 and shared_memory_bytes(config, unit, matrices) > facts.shared_memory_bytes - 4096:
+    while config.stages > 2 and shared_memory_bytes(config, unit) > facts.shared_memory_bytes - 4096:
         config = replace(config, stages=config.stages - 1)
     return config
 
