@@ -8,6 +8,8 @@ a call.
 Errors name the value and the rule: ValueError (a shape, size or option that breaks it) or TypeError (a dtype).
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import torch.utils._python_dispatch
@@ -47,12 +49,14 @@ def _is_plain_cpu(x: Tensor) -> bool:
 
     A Python implementation called through the dispatcher costs some 50 us more, a fifth of a small model's decode step
     on a CPU. So plain CPU tensors skip it, unless somebody is watching: compile, export and other dispatch modes, the
-    profiler, autocast.
+    profiler, autocast. An input that the op would refuse takes the long way too, and is refused there.
     """
     return (
         not torch.compiler.is_compiling()
         and type(x) is Tensor
-        and x.device.type == "cpu"
+        and x.is_cpu
+        and x.dtype in FLOAT_DTYPES
+        and not x.requires_grad
         and torch.utils._python_dispatch._get_current_dispatch_mode() is None
         and not torch.autograd.profiler._is_profiler_enabled
         and not torch.is_autocast_enabled("cpu")
@@ -94,13 +98,26 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tens
     Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and a row has the same bits alone
     as in a batch of 8.
     """
-    gemm = _int4_gemm_cpu if _is_plain_cpu(x) else torch.ops.tiny_gemm.int4_gemm
-    return gemm(x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.out_features)
+    args = x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.out_features
+    if bias is None and _is_plain_cpu(x) and _is_ready_on_cpu(weight, x.shape[-1:]):
+        return _int4_mm_cpu(*args)
+    return torch.ops.tiny_gemm.int4_gemm(*args)
 
 
 def linear(x: Tensor, weight: Tensor | Int4Weight, bias: Tensor | None = None) -> Tensor:
     """x @ W.T + bias for a weight of either kind: int4_gemm, or torch's linear for a plain tensor [N, K]."""
     return int4_gemm(x, weight, bias) if isinstance(weight, Int4Weight) else F.linear(x, weight, bias)
+
+
+def _is_ready_on_cpu(weight: Int4Weight, in_features: tuple[int, ...]) -> bool:
+    """Whether nothing is left to check of a weight that checked its parts when it was made. (Checking all weights of a
+    small model again is a tenth of its decode step on a CPU.)"""
+    parts = weight.scales, weight.zeros
+    return (
+        (weight.shape[1],) == in_features
+        and weight.packed.is_cpu
+        and all(t is None or (t.is_cpu and not t.requires_grad) for t in parts)
+    )
 
 
 def _check_int4(op: str, x: Tensor, k: int, name: str, packed, scales, zeros, group_size: int, n: int) -> None:
@@ -130,8 +147,8 @@ def _int4_gemm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
     k = x.shape[-1]
     rows = x if x.dim() == 2 else x.reshape(-1, k)
-    if x.dtype == torch.bfloat16 and group_size != -1 and len(rows) <= ATEN_INT4_ROWS:
-        y = _aten_int4_mm(rows, packed, scales, zeros, group_size, out_features)
+    if _takes_aten_int4(x, group_size):
+        (y,) = _aten_int4_mm(rows, [(packed, scales, zeros)], group_size, out_features)
         y = y if bias is None else y + bias
     else:
         weight = dequantize(Int4Weight(packed, scales, zeros, group_size, (out_features, k)))
@@ -142,23 +159,36 @@ def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 ATEN_INT4_ROWS = 64  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
 
 
-def _aten_int4_mm(x, packed, scales, zeros, group_size: int, out_features: int) -> Tensor:
-    """x [M, K] bfloat16 @ W.T by ATen's CPU kernel (w = (q - 8) * scale + offset, both rounded to bfloat16).
+def _takes_aten_int4(x: Tensor, group_size: int) -> bool:
+    return x.dtype == torch.bfloat16 and group_size != -1 and x.numel() <= ATEN_INT4_ROWS * x.shape[-1]
 
-    The kernel has a packed order of its own. The weight's copy in that order is kept as an attribute of `packed`, and
-    so lives as long as the weight.
+
+def _aten_int4_mm(
+    x: Tensor, weights: list[tuple[Tensor, Tensor, Tensor | None]], group_size: int, out_features: int
+) -> tuple[Tensor, ...]:
+    """x [M, K] bfloat16 @ W.T for each W [N, K] of `weights` (packed, scales, zeros), in one call of ATen's CPU kernel
+    (w = (q - 8) * scale + offset, both rounded to bfloat16).
+
+    The kernel has a packed order of its own. The weights' copy in that order is kept as an attribute of the first
+    `packed`, and so lives as long as it.
     """
+    parts = [t for weight in weights for t in weight if t is not None]
     try:  # a weight that somebody wrote to has another version
-        version = packed._version + scales._version + (0 if zeros is None else zeros._version)
+        version = sum([t._version for t in parts])
     except RuntimeError:  # tensors made in inference mode have none: those must not be written to
         version = 0
-    state = id(scales), id(zeros), version, group_size, x.shape[1]
-    cached = getattr(packed, "_aten_int4", None)
+    state = [id(t) for t in parts], version, group_size, x.shape[1]
+    copies = parts[0].__dict__.setdefault("_aten_int4", {})  # by number of weights: gate and up, or one alone
+    cached = copies.get(len(weights))
     if cached is None or cached[0] != state:
-        weight = Int4Weight(packed, scales, zeros, group_size, (out_features, x.shape[1]))
-        cached = packed._aten_int4 = state, *_aten_pack(weight), scales, zeros  # which keeps the ids unique
+        shape = out_features, x.shape[1]
+        packs = [_aten_pack(Int4Weight(*weight, group_size, shape)) for weight in weights]
+        integers, scales_and_offsets = torch.cat([p[0] for p in packs]), torch.cat([p[1] for p in packs], dim=1)
+        cached = copies[len(weights)] = state, integers, scales_and_offsets, parts[1:]  # which keeps the ids unique
     y = torch.ops.aten._weight_int4pack_mm_for_cpu(x.contiguous(), cached[1], group_size, cached[2])
-    return y if y.shape[1] == out_features else y[:, :out_features].contiguous()
+    if y.shape[1] == out_features:
+        return (y,)
+    return tuple(part[:, :out_features].contiguous() for part in y.chunk(len(weights), dim=1))
 
 
 def _aten_pack(weight: Int4Weight) -> tuple[Tensor, Tensor]:
@@ -312,11 +342,17 @@ def int4_ffn(
     if w_gate is not None and (w_gate.shape != w1.shape or w_gate.group_size != w1.group_size):
         raise ValueError(f"int4_ffn: w_gate must have w1's shape and group size, got {w_gate} and {w1}")
     gate = (None, None, None) if w_gate is None else (w_gate.packed, w_gate.scales, w_gate.zeros)
-    ffn = _int4_ffn_cpu if _is_plain_cpu(x) else torch.ops.tiny_gemm.int4_ffn
-    return ffn(
+    args = (
         x, w1.packed, w1.scales, w1.zeros, b1, w2.packed, w2.scales, w2.zeros, b2, *gate,
-        w1.group_size, w2.group_size, w1.out_features, w2.out_features, activation=activation,
+        w1.group_size, w2.group_size, w1.out_features, w2.out_features,
     )  # fmt: skip
+    if (
+        b1 is None and b2 is None and activation in reference.ACTIVATIONS
+        and _is_plain_cpu(x) and _is_ready_on_cpu(w1, x.shape[-1:]) and _is_ready_on_cpu(w2, (w1.out_features,))
+        and (w_gate is None or (_is_ready_on_cpu(w_gate, x.shape[-1:]) and w_gate.symmetric == w1.symmetric))
+    ):  # fmt: skip
+        return _int4_ffn_composed(*args, activation)
+    return torch.ops.tiny_gemm.int4_ffn(*args, activation=activation)
 
 
 def _check_int4_ffn(
@@ -356,11 +392,15 @@ def _int4_ffn_composed(
 ):  # fmt: skip
     gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
     act = reference.ACTIVATIONS[activation]
-    h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
-    if wg_packed is None:
-        h = act(h)
-    else:
+    if wg_packed is not None and not x.is_cuda and b1 is None and _takes_aten_int4(x, group_size1):
+        w1, wg = (w1_packed, w1_scales, w1_zeros), (wg_packed, wg_scales, wg_zeros)
+        up, gate = _aten_int4_mm(x.reshape(-1, x.shape[-1]), [w1, wg], group_size1, hidden)
+        h = act(gate).mul_(up).view(*x.shape[:-1], hidden)
+    elif wg_packed is not None:
+        h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
         h *= act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden))
+    else:
+        h = act(gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden))
     return gemm(h, w2_packed, w2_scales, w2_zeros, b2, group_size2, out_features)
 
 
@@ -479,12 +519,25 @@ def _register_norm(name: str, plain_schema: str, add_schema: str, compute):
     return add_cpu
 
 
+def _rms_norm_cpu(s: Tensor, weight: Tensor, _bias: None, eps: float) -> Tensor:
+    """F.rms_norm is composite on a CPU, and slower than this.
+
+    For one row Python does the scalar arithmetic, which saves five torch calls; for more rows torch does it in float64
+    too, so that a row's bits do not depend on the batch.
+    """
+    norm = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    if norm.numel() == 1:
+        rms = math.sqrt(norm.item() ** 2 / s.shape[-1] + eps)
+        return (s * weight).mul_(1 / rms if rms else math.inf)
+    rms = norm.double().square_().div_(s.shape[-1]).add_(eps).sqrt_()
+    return (s * weight).mul_(rms.reciprocal_().float())
+
+
 _add_rms_norm_cpu = _register_norm(
     "rms_norm",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
-    # F.rms_norm is composite on a CPU, and slower than this.
-    lambda s, weight, bias, eps: (s * s.square().mean(-1, keepdim=True).add_(eps).rsqrt_()).mul_(weight),
+    _rms_norm_cpu,
 )
 _register_norm(
     "layer_norm",
@@ -668,7 +721,9 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
     for name, t in (("lengths", lengths), ("rope_cos", rope_cos), ("rope_sin", rope_sin)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {t.stride()}, it must be contiguous")
-    if any(a != b for a, b, n in zip(k_cache.stride(), v_cache.stride(), k_cache.shape, strict=True) if n > 1):
+    if k_cache.stride() != v_cache.stride() and any(
+        a != b for a, b, n in zip(k_cache.stride(), v_cache.stride(), k_cache.shape, strict=True) if n > 1
+    ):
         raise ValueError(
             f"{op}: k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}; they must agree"
         )
@@ -681,21 +736,27 @@ def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, ro
 
 def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
-    q_heads, kv_heads = q.shape[1], k.shape[1]
-    if rope_cos is not None:
-        positions = lengths.clamp(0, k_cache.shape[2] - 1)
-        cos, sin = (table.index_select(0, positions).unsqueeze(1) for table in (rope_cos, rope_sin))
-        heads = reference.rotate_half(torch.cat((q, k), dim=1).float(), cos, sin).to(q.dtype)
-        q, k = heads.split_with_sizes((q_heads, kv_heads), dim=1)
     tensors = q, k, v, k_cache, v_cache
     rows = [tensors] if len(q) == 1 else zip(*(t.split(1) for t in tensors), strict=True)
-    outputs = [_append_and_attend(max(n, 0), *row, scale) for n, row in zip(lengths.tolist(), rows, strict=True)]
+    outputs = [
+        _append_and_attend(max(n, 0), *row, rope_cos, rope_sin, scale)
+        for n, row in zip(lengths.tolist(), rows, strict=True)
+    ]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _append_and_attend(length: int, q, k, v, k_cache, v_cache, scale) -> Tensor:
-    """One sequence: k and v [1, Hkv, D] go to position `length`, and q [1, Hq, D] attends to what is there then."""
+def _append_and_attend(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_sin, scale) -> Tensor:
+    """One sequence: k and v [1, Hkv, D] go to position `length`, and q [1, Hq, D] attends to what is there then.
+
+    Every torch call here costs some 10 us of a decode step (its code is out of the CPU's caches by then): few of them.
+    """
     (_, q_heads, d), (kv_heads, max_length) = q.shape, k_cache.shape[1:3]
+    if rope_cos is not None:
+        position = min(length, max_length - 1)
+        cos, sin = rope_cos.narrow(0, position, 1), rope_sin.narrow(0, position, 1)
+        heads = reference.rotate_half(torch.cat((q, k), dim=1).float(), cos, sin)
+        q, k = heads.split_with_sizes((q_heads, kv_heads), dim=1)
+        q = q.to(v.dtype)
     if length < max_length:
         k_cache.select(2, length).copy_(k)
         v_cache.select(2, length).copy_(v)
