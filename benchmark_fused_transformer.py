@@ -1,0 +1,185 @@
+#!/usr/bin/env python
+"""Benchmarks Tiny-GEMM beside what exists: INT4 GEMM, attention, feed-forward, norm, and the whole decode step.
+
+    python benchmark_fused_transformer.py                               all suites; results/<gpu>/<suite>.json
+    python benchmark_fused_transformer.py --suite gemm --model Llama-3.1-8B
+    python benchmark_fused_transformer.py --suite decode --mode batch_size --batch-sizes 1 2 4 8
+    python benchmark_fused_transformer.py --suite gemm --compare benchmarks/results/nvidia-h200/gemm.json
+    python benchmark_fused_transformer.py --load NEW.json --compare OLD.json
+    python benchmark_fused_transformer.py --plot benchmarks/results/nvidia-h200
+
+Tables go to stdout, progress to stderr; the last line of stdout is one JSON object. Exit code 1: one of this project's
+own arms was wrong or failed. benchmarks/ has the parts, docs/benchmarks.md the method.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import attention, decode, ffn, gemm, norm, report, results
+from benchmarks.cases import DTYPES, Case, Options, run_case
+from benchmarks.presets import PRESETS
+from benchmarks.timing import Machine, measure_machine
+
+SUITES: dict[str, Callable[[Options, Machine], list[Case]]] = {
+    suite.__name__.rpartition(".")[2]: suite.cases for suite in (gemm, norm, ffn, attention, decode)
+}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--suite", nargs="+", default=["all"], choices=["all", *SUITES], help="default: all")
+    add("--model", nargs="+", default=[], choices=PRESETS, metavar="PRESET", help=f"shapes of {', '.join(PRESETS)}")
+    add("--mode", choices=["seq_length", "batch_size"], help="sweep one of them")
+    add("--seq-lengths", type=positive, nargs="+", default=[], metavar="L")
+    add("--batch-sizes", type=positive, nargs="+", default=[], metavar="B", help="for gemm, ffn and norm: rows M")
+    add("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    add("--impl", nargs="+", default=["*"], metavar="PATTERN", help="only these arms, such as 'tiny-gemm*' pytorch")
+    add("--quick", action="store_true", help="a few small cases; what a CPU gets unless --model says otherwise")
+    add("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, metavar="DIR", help="where the JSON goes; default, for a whole run on a GPU: results/<gpu>")
+    add("--deadline", type=float, metavar="SECONDS", help="cases not begun by then become rows that say so")
+    add("--compare", type=Path, metavar="OLD", help="a result, or a directory of them, to compare with")
+    add("--load", type=Path, metavar="NEW", help="show, and compare, a result or a directory of them; measures nothing")
+    add("--plot", type=Path, metavar="DIR", help="draw figures from the results in DIR; measures nothing")
+    add("--git-sha", help="the commit, for a copy of the code that is no git checkout")
+    return parser.parse_args(arguments)
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if args.plot:
+        from benchmarks import plots
+
+        summary = {"plots": [str(path) for path in plots.draw(args.plot)]}
+        print(json.dumps(summary))
+        return 0
+    if args.load:
+        runs = {path.stem: results.load(path)[1] for path in result_files(args.load)}
+        for name, rows in runs.items():
+            report.show(console, name, rows)
+        summary = {}
+    else:
+        with torch.no_grad():
+            runs, summary = run(args, console)
+    rows = [row for run_rows in runs.values() for row in run_rows]
+    summary["suites"] = {name: digest(run_rows) for name, run_rows in runs.items()}
+    if args.compare:
+        summary["compared"] = compare(console, rows, args.compare)
+    print(json.dumps(summary))
+    return int(any(report.is_ours(row) and row.get("error", "").startswith(("failed", "refused")) for row in rows))
+
+
+def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict]], dict]:
+    """(rows of each suite, summary); each suite is shown and saved as soon as it is finished."""
+    begin = time.perf_counter()
+    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
+    torch.manual_seed(0)
+    quick = args.quick or (device.type == "cpu" and not args.model)
+    options = Options(
+        models=tuple(args.model),
+        mode=args.mode,
+        seq_lengths=tuple(args.seq_lengths),
+        batch_sizes=tuple(args.batch_sizes),
+        dtype=DTYPES[args.dtype],
+        quick=quick,
+    )
+    machine = measure_machine(device)
+    environment = results.environment(machine, args.git_sha)
+    console.print(headline(environment), highlight=False, markup=False)
+    out = args.out
+    if out is None and machine.is_cuda and not quick and args.impl == ["*"]:
+        out = results.DIRECTORY / results.slug(environment)
+    runs, files = {}, []
+    for suite in SUITES if "all" in args.suite else dict.fromkeys(args.suite):
+        cases = SUITES[suite](options, machine)
+        rows = []
+        for case in progress(suite, cases):
+            if args.deadline and time.perf_counter() - begin > args.deadline:
+                rows.append(case.row("case", error=f"not reached: {args.deadline:g} s had passed"))
+            else:
+                rows += run_case(case, machine, args.impl)
+        runs[suite] = rows
+        release(machine)
+        report.show(console, suite, rows)
+        if out is not None:
+            files.append(out / f"{'-'.join([suite, *args.model, *([args.mode] if args.mode else [])])}.json")
+            results.save(files[-1], environment, rows)
+    seconds = round(time.perf_counter() - begin, 1)
+    return runs, {"environment": environment, "files": [str(path) for path in files], "seconds": seconds}
+
+
+def release(machine: Machine) -> None:
+    """Gives back what a suite has left on the device, compiled models included."""
+    torch._dynamo.reset()
+    for cached in (gemm.weights, ffn.weights, decode.models):
+        cached.cache_clear()
+    gc.collect()
+    if machine.is_cuda:
+        torch.cuda.empty_cache()
+
+
+def headline(environment: dict) -> str:
+    if environment["driver"] is None:
+        what = "No GPU: these are the CPU implementations, timed by the wall clock, on few and small cases."
+    else:
+        what = f"NVIDIA driver {environment['driver']}, clocks {environment['clocks']}."
+    roof = f"Roof, measured now: {environment['roof_gbps']:,.0f} GB/s read, {environment['roof_tflops']:,.1f} TFLOP/s."
+    return f"{environment['gpu']}, torch {environment['torch']}, triton {environment['triton']}. {what}\n{roof}"
+
+
+def progress(suite: str, cases: list[Case]) -> Iterator[Case]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(suite, total=len(cases))
+        for case in cases:
+            bar.update(task, description=case.label)
+            yield case
+            bar.advance(task)
+
+
+def digest(rows: list[dict]) -> dict:
+    """What a script wants to know of a suite: how many cases and gaps, and the speed against the best peer."""
+    ratios = sorted(filter(None, map(report.speedup, report.by_case(rows).values())))
+    return {
+        "cases": len(report.by_case(rows)),
+        "rows": len(rows),
+        "not_measured": sum("error" in row for row in rows),
+        "median_speedup_over_best_peer": round(ratios[len(ratios) // 2], 3) if ratios else None,
+    }
+
+
+def result_files(path: Path) -> Iterable[Path]:
+    """The results in a directory (other JSON files are passed over), or the one file."""
+    if not path.is_dir():
+        return [path]
+    return [file for file in sorted(path.glob("*.json")) if file.stem.partition("-")[0] in SUITES]
+
+
+def compare(console: Console, rows: list[dict], old: Path) -> dict:
+    before = [row for path in result_files(old) for row in results.load(path)[1]]
+    changes = [change for change in results.compare(rows, before) if change.verdict != "new" or not old.is_dir()]
+    console.print(report.change_table(changes))
+    verdicts = [change.verdict for change in changes]
+    return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

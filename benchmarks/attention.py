@@ -1,0 +1,154 @@
+"""The suite `attention`: decode (one new token against a KV cache) and prefill (causal), grouped-query heads.
+
+Decode arms: tiny-gemm is decode_attention, which rotates q and k and appends to the cache as well; all others get a
+rotated q and a cache that holds the new token, and only attend: tiny-gemm-attend (fused_attention), pytorch (matmul,
+float32 softmax, matmul; the query heads of a KV head as rows of one product), sdpa-flash, sdpa-cudnn, and at COMPILED
+only flex_attention and torch.compile of the eager arm, which take seconds to compile.
+Prefill arms: tiny-gemm is fused_attention. The oracle of a prefill is computed for the first, middle and last 64 rows.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, needs_gpu, relative_error
+from benchmarks.presets import model_config
+from benchmarks.timing import Machine
+from tiny_gemm import ops
+from tiny_gemm.reference import decode_attention_ref, fused_attention_ref, rotate_half
+
+HEADS = ((32, 8, 128), (32, 8, 64))  # query heads, KV heads, head size: Llama 3.1 8B and 3.2 1B
+DECODE_LENGTHS = (128, 512, 2048, 8192, 32768)
+PREFILL_LENGTHS = (128, 512, 2048, 8192)
+COMPILED = {("decode", 1, 128, 2048), ("decode", 8, 128, 2048), ("prefill", 1, 128, 2048)}  # kind, B, D, L
+CHECKED_ROWS = 64
+
+
+def cases(options: Options, machine: Machine) -> list[Case]:
+    shapes = [(None, *heads) for heads in (HEADS[1:] if options.quick else HEADS)]
+    if options.models:
+        configs = [(model, model_config(model)) for model in options.models]
+        shapes = [(model, c.num_heads, c.num_kv_heads, c.head_dim) for model, c in configs]
+    decode = options.seq_lengths or ((64,) if options.quick else DECODE_LENGTHS)
+    prefill = options.seq_lengths or ((96,) if options.quick else PREFILL_LENGTHS)
+    batches = options.batch_sizes or ((1, 2) if options.quick else (1, 8))
+    make = functools.partial(_case, machine, options)
+    found = [make("decode", *shape, b, n) for shape in shapes for b in batches for n in decode]
+    return found + [make("prefill", *shape, 1, n) for shape in shapes for n in prefill]
+
+
+def _case(machine: Machine, options: Options, kind: str, model, heads: int, kv_heads: int, d: int, b: int, n: int):
+    facts = {"B": b, "L": n, "dtype": options.dtype_name}
+    build = _decode if kind == "decode" else _prefill
+    with_compile = (kind, b, d, n) in COMPILED
+    arguments = machine, heads, kv_heads, d, b, n, options.dtype, with_compile
+    return Case("attention", model, f"{kind} {heads}/{kv_heads} D{d}", facts, functools.partial(build, *arguments))
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """q [B, Hq, Lq, D]; k, v [B, Hkv, Lk, D]; hidden: bool, what a row must not see."""
+    b, heads, rows, d = q.shape
+    grouped = q.reshape(b, k.shape[1], heads // k.shape[1], rows, d)
+    scores = grouped.flatten(2, 3) @ k.mT * d**-0.5
+    if hidden is not None:
+        scores = scores.view(b, k.shape[1], -1, rows, k.shape[2]).masked_fill(hidden, float("-inf")).flatten(2, 3)
+    return (scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v).view(b, heads, rows, d)
+
+
+def peers(machine: Machine, calls: Callable, nbytes: int, flops: int, causal: bool, with_compile: bool) -> list[Arm]:
+    """calls(function(q, k, v)) -> an arm's calls."""
+
+    def on_gpu(make: Callable[[], Callable]) -> Callable:
+        def build() -> list:
+            needs_gpu(machine)
+            return calls(make())
+
+        return build
+
+    sdpa = functools.partial(F.scaled_dot_product_attention, is_causal=causal, enable_gqa=True)
+    only = lambda backend: functools.partial(sdpa_kernel, backend)  # noqa: E731
+    arm = functools.partial(Arm, nbytes=nbytes, flops=flops)
+    found = [
+        arm("sdpa-flash", on_gpu(lambda: sdpa), context=only(SDPBackend.FLASH_ATTENTION)),
+        arm("sdpa-cudnn", on_gpu(lambda: sdpa), context=only(SDPBackend.CUDNN_ATTENTION)),
+    ]
+    if with_compile:
+        found += [arm("flex_attention", on_gpu(lambda: _flex(machine, causal)))]
+        if not causal:
+            found += [arm("torch.compile", on_gpu(lambda: compiled(eager)))]
+    return found
+
+
+def _flex(machine: Machine, causal: bool) -> Callable:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    attend = compiled(flex_attention)
+    masks: dict[int, object] = {}
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        n = q.shape[2]
+        if causal and n not in masks:
+            masks[n] = create_block_mask(lambda b, h, i, j: i >= j, None, None, n, n, device=machine.device)
+        return attend(q, k, v, block_mask=masks.get(n), enable_gqa=True)
+
+    return call
+
+
+def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
+    new = functools.partial(torch.randn, device=machine.device, dtype=dtype)
+    q, k, v = new(b, heads, d), new(b, kv_heads, d), new(b, kv_heads, d)
+    lengths = torch.full((b,), n - 1, dtype=torch.int32, device=machine.device)
+    angles = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(0, d, 2) / d))
+    cos, sin = angles.cos().to(machine.device), angles.sin().to(machine.device)
+    oracle, k_cache, v_cache = decode_attention_ref(
+        q, k, v, new(b, kv_heads, n, d), new(b, kv_heads, n, d), lengths, cos, sin
+    )
+    rotated = rotate_half(q.double(), cos[-1].double(), sin[-1].double()).to(dtype)[:, :, None]  # [B, Hq, 1, D]
+    nbytes = k_cache.nbytes + v_cache.nbytes + 2 * q.nbytes
+    again = range(machine.copies(nbytes) - 1)
+    caches = [(k_cache, v_cache), *((k_cache.clone(), v_cache.clone()) for _ in again)]
+    flops = 4 * b * heads * n * d
+
+    def whole(q, k, v, k_cache, v_cache) -> Tensor:
+        return ops.decode_attention(q, k, v, k_cache, v_cache, lengths, cos, sin)
+
+    attend = lambda function: [functools.partial(function, rotated.clone(), *cache) for cache in caches]  # noqa: E731
+    arms = [
+        Arm("pytorch", lambda: attend(eager), nbytes, flops),
+        *peers(machine, attend, nbytes, flops, False, with_compile),
+        Arm("tiny-gemm-attend", lambda: attend(ops.fused_attention), nbytes, flops),
+        Arm(
+            "tiny-gemm",
+            lambda: [functools.partial(whole, q.clone(), k.clone(), v.clone(), *cache) for cache in caches],
+            nbytes,
+            flops,
+            note="RoPE and append included",
+        ),
+    ]
+    return Work(arms, lambda out: relative_error(out.view(b, heads, d), oracle), 2 * BOUNDS[dtype])
+
+
+def _prefill(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
+    new = functools.partial(torch.randn, device=machine.device, dtype=dtype)
+    tensors = new(b, heads, n, d), new(b, kv_heads, n, d), new(b, kv_heads, n, d)
+    q, k, v = tensors
+    starts = sorted({0, max(0, n // 2 - CHECKED_ROWS), max(0, n - CHECKED_ROWS)})
+    parts = [slice(start, min(n, start + CHECKED_ROWS)) for start in starts]
+    select = lambda out: torch.cat([out[:, :, part] for part in parts], dim=2)  # noqa: E731
+    oracle = torch.cat(
+        [fused_attention_ref(q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], causal=True) for p in parts], dim=2
+    )
+    nbytes, flops = 2 * q.nbytes + k.nbytes + v.nbytes, 2 * b * heads * n * n * d  # half of the scores are needed
+    copies = [tensors, *(tuple(t.clone() for t in tensors) for _ in range(machine.copies(nbytes) - 1))]
+    calls = lambda function: [functools.partial(function, *copy) for copy in copies]  # noqa: E731
+    hidden = torch.ones(n, n, dtype=torch.bool, device=machine.device).triu(1)
+    arms = [
+        Arm("pytorch", lambda: calls(functools.partial(eager, hidden=hidden)), nbytes, flops),
+        *peers(machine, calls, nbytes, flops, True, with_compile),
+        Arm("tiny-gemm", lambda: calls(functools.partial(ops.fused_attention, causal=True)), nbytes, flops),
+    ]
+    return Work(arms, lambda out: relative_error(select(out), oracle), 2 * BOUNDS[dtype])

@@ -1,0 +1,190 @@
+"""Figures from the results of one GPU, from the JSON alone: SVG and PNG, each for a light and a dark page.
+
+latency     one decode step against batch size and against sequence length: PyTorch, fused, fused + INT4
+roof        how much of the memory roof each INT4 product reaches, by shape
+speedup     Tiny-GEMM's time against each peer's, by shape
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks import report, results
+
+WIDTH = 8.3  # inches: at 100 dots each, what a README is wide
+THEMES = {
+    "light": dict(
+        page="#ffffff", ink="#1f2328", faint="#d1d9e0", colours=("#6e7781", "#0969da", "#cf5b0a", "#1a7f37", "#8250df")
+    ),
+    "dark": dict(
+        page="#0d1117", ink="#e6edf3", faint="#3d444d", colours=("#9198a1", "#4493f8", "#f0883e", "#3fb950", "#ab7df8")
+    ),
+}
+LINES = {
+    "pytorch": "PyTorch, 16 bit",
+    "tiny-gemm": "Tiny-GEMM fused, 16 bit",
+    "tiny-gemm-int4": "Tiny-GEMM fused, INT4",
+}
+MARKS = {  # of a product: colour and marker
+    "pytorch": (0, "o"), "aten-int4": (1, "s"), "tiny-gemm-int4": (2, "D"), "gemlite-int4": (3, "^"),
+    "torch.compile": (4, "v"),
+}  # fmt: skip
+
+
+def draw(directory: Path) -> list[Path]:
+    """Draws what the results in `directory` have the rows for, into directory/plots; the files that were written.
+
+    ValueError if they have none.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    runs = [results.load(path) for path in sorted(Path(directory).glob("*.json")) if _is_result(path)]
+    rows = [row for _, cases in runs for row in cases if row.get("us") is not None]
+    figures = {"latency": latency, "roof": roof, "speedup": speedup}
+    written = []
+    for name, figure in figures.items():
+        for theme in THEMES:
+            written += _save(Path(directory) / "plots", f"{name}-{theme}", theme, figure, rows, runs)
+    if not written:
+        raise ValueError(f"{directory} has no results that a figure can be drawn from")
+    return written
+
+
+def _is_result(path: Path) -> bool:
+    return path.stem.partition("-")[0] in ("gemm", "decode")
+
+
+def _save(directory: Path, name: str, theme: str, figure: Callable, rows: list[dict], runs: list) -> list[Path]:
+    import matplotlib.pyplot as plt
+
+    with _style(theme) as colours:
+        drawn = figure(rows, colours)
+        if drawn is None:
+            return []
+        environment = runs[0][0]
+        caption = f"{environment['gpu']}, torch {environment['torch']}, {environment['date']}"
+        drawn.text(0.995, 0.99, caption, ha="right", va="top", fontsize=7.5, alpha=0.7)
+        directory.mkdir(parents=True, exist_ok=True)
+        paths = [directory / f"{name}.{kind}" for kind in ("svg", "png")]
+        for path in paths:  # no date inside, so that a figure changes only with its data
+            drawn.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == ".svg" else None)
+        plt.close(drawn)
+    return paths
+
+
+@contextmanager
+def _style(theme: str) -> Iterator[tuple[str, ...]]:
+    import matplotlib
+
+    t = THEMES[theme]
+    ink = ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor")
+    settings = dict.fromkeys(ink, t["ink"]) | dict.fromkeys(("axes.edgecolor", "grid.color"), t["faint"])
+    settings |= dict.fromkeys(
+        ("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.facecolor"), t["page"]
+    )
+    settings |= {"font.size": 10, "axes.titlesize": 10.5, "axes.grid": True, "axes.axisbelow": True}
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "svg.hashsalt": "tiny"}
+    with matplotlib.rc_context(settings):
+        yield t["colours"]
+
+
+def latency(rows: list[dict], colours: tuple[str, ...]):
+    """Two panels for the model with the most points: milliseconds a decode step, the band from p20 to p80."""
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if row["suite"] == "decode" and row["impl"] in LINES]
+    counts = {model: sum(row["model"] == model for row in rows) for model in {row["model"] for row in rows}}
+    if not counts:
+        return None
+    model = max(sorted(counts), key=counts.get)
+    rows = [row for row in rows if row["model"] == model]
+    panels = {"batch size": ("B", "L", rows), "sequence length (tokens attended to)": ("L", "B", rows)}
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), sharey=True, layout="constrained")
+    for axis, (label, (x, fixed, points)) in zip(axes, panels.items(), strict=True):
+        at = _most_common(points, fixed, x)
+        for colour, (impl, name) in zip(colours, LINES.items(), strict=False):
+            line = {row[x]: row for row in points if row["impl"] == impl and row[fixed] == at}
+            xs = sorted(line)
+            axis.plot(xs, [line[i]["us"] / 1e3 for i in xs], marker="o", ms=4, color=colour, label=name)
+            low, high = ([line[i][key] / 1e3 for i in xs] for key in ("us_p20", "us_p80"))
+            axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
+        axis.set_xscale("log", base=2)
+        ticks = sorted({row[x] for row in points if row[fixed] == at})
+        axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.set_xlabel(label)
+        axis.set_title(f"{'sequence length' if fixed == 'L' else 'batch size'} {at}", loc="left")
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("milliseconds a step")
+    figure.suptitle(f"One decode step of {model}: lower is better", x=0.01, ha="left", fontsize=12, weight="bold")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+    return figure
+
+
+def _most_common(rows: list[dict], key: str, over: str) -> int:
+    """The value of `key` at which the most values of `over` were measured; the smallest of several."""
+    values = {row[key] for row in rows}
+    return min(values, key=lambda value: (-len({row[over] for row in rows if row[key] == value}), value))
+
+
+def roof(rows: list[dict], colours: tuple[str, ...]):
+    """A line a shape, a mark an implementation: the fraction of the streaming-read roof, at 1 and 8 rows."""
+    return _by_shape(
+        rows,
+        colours,
+        lambda case, row: row["roof_fraction"] * 100 if row["impl"].endswith("int4") else None,
+        "INT4 products: per cent of the memory roof, higher is better",
+        (0, 100),
+    )
+
+
+def speedup(rows: list[dict], colours: tuple[str, ...]):
+    """A line a shape, a mark a peer: its time over Tiny-GEMM's, at 1 and 8 rows."""
+
+    def ratio(case: list[dict], row: dict) -> float | None:
+        ours = report.best(case, ours=True)
+        return None if ours is None or report.is_ours(row) else row["us"] / ours["us"]
+
+    return _by_shape(rows, colours, ratio, "How many times faster Tiny-GEMM's INT4 product is than ...", None)
+
+
+def _by_shape(rows: list[dict], colours, value: Callable, title: str, limits: tuple[float, float] | None):
+    import matplotlib.pyplot as plt
+
+    panels = {m: [row for row in rows if row["suite"] == "gemm" and row["M"] == m] for m in (1, 8)}
+    panels = {m: report.by_case(panel) for m, panel in panels.items() if panel}
+    if not panels:
+        return None
+    names = list(dict.fromkeys(_shape(case) for cases in panels.values() for case in cases.values()))
+    size = (WIDTH, 1.3 + 0.24 * len(names))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+    seen = {}
+    for axis, (m, cases) in zip(axes[0], panels.items(), strict=True):
+        for case in cases.values():
+            for row in case:
+                x = value(case, row)
+                if x is None:
+                    continue
+                colour, marker = MARKS[row["impl"]]
+                y = names.index(_shape(case))
+                seen[row["impl"]] = axis.scatter(
+                    x, y, color=colours[colour], marker=marker, s=28, label=row["impl"], zorder=3
+                )
+        axis.set_yticks(range(len(names)), names, fontsize=8.5)
+        axis.set_title(f"K × N, M = {m}", loc="left")
+        axis.grid(axis="x", alpha=0.4)
+        if limits:
+            axis.set_xlim(*limits)
+        else:
+            axis.axvline(1, color=plt.rcParams["text.color"], lw=1)
+            axis.set_xlim(left=0)
+    axes[0][0].invert_yaxis()
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
+    figure.legend(seen.values(), seen.keys(), loc="outside lower left", ncols=5)
+    return figure
+
+
+def _shape(case: list[dict]) -> str:
+    row = case[0]
+    dtype = "" if row["dtype"] == "bfloat16" else f" {row['dtype']}"
+    return f"{row['model'] or ''} {row['shape'].replace('x', ' × ')}, g{row['group_size']}{dtype}".strip()
