@@ -26,8 +26,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checkpoint": {"quantize_utils", "device", "ops", "model", "tokenizer"},
     "generate": {"quantize_utils", "device", "ops", "model", "tokenizer"},
     "doctor": {"quantize_utils", "reference", "ops"},
-    "cli": {"quantize_utils", "device", "reference", "ops", "model", "tokenizer", "checkpoint", "generate", "doctor"},
+    "profiling": {"device", "model", "generate"},
+    "cli": {
+        *("quantize_utils", "device", "reference", "ops", "model", "tokenizer", "checkpoint", "generate", "doctor"),
+        "profiling",
+    },
     "__init__": {"quantize_utils"},
+    "__main__": {"cli"},
 }
 KERNELS = {"triton_gemm", "triton_fused_transformer"}
 CORE_DEPENDENCIES = {"jinja2", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer"}

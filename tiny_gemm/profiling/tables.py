@@ -1,0 +1,159 @@
+"""A Report, and the comparison of two, as tables for a terminal."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+from rich.text import Text
+
+import tiny_gemm.profiling.roofline as roofline
+from tiny_gemm.profiling.names import FAMILIES
+
+if TYPE_CHECKING:
+    from tiny_gemm.profiling.report import Report, Row
+
+_COLOURS = {
+    roofline.LAUNCH: "red",
+    roofline.LATENCY: "yellow",
+    roofline.BANDWIDTH: "green",
+    roofline.COMPUTE: "green",
+    roofline.UNKNOWN: "dim",
+}
+_WIDE = 120  # columns of a terminal from which on every figure has its place
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """What Report.table gives rich to print; a narrow terminal gets fewer columns."""
+
+    report: "Report"
+    shown: int | None
+
+    def __rich_console__(self, console, options) -> Iterator:
+        report, wide = self.report, options.max_width >= _WIDE
+        rows = report.rows if self.shown is None else report.rows[: self.shown]
+        yield Text("\n".join(_headline(report)))
+        yield _kernel_table(report, rows, wide)
+        if len(rows) < len(report.rows):
+            rest = report.rows[len(rows) :]
+            yield Text(f"and {len(rest)} more with {sum(r.share for r in rest):.1%} of the time", "dim")
+        yield _advice(rows)
+        for note in report.notes:
+            yield Text(note, "dim")
+
+
+def _kernel_table(report: "Report", rows: "list[Row]", wide: bool) -> Table:
+    on_gpu, steps = report.processor == "gpu", report.step.steps
+    columns = [  # heading, in a narrow terminal too, cell
+        ("calls", wide, lambda r: str(r.calls)),
+        ("us each", True, lambda r: f"{r.median_us:,.1f}"),
+        ("us/step", True, lambda r: f"{r.total_us / steps:,.0f}"),
+        ("share", wide, lambda r: f"{r.share:.1%}"),
+        ("MB", wide, lambda r: _number(r.bytes and r.bytes / 1e6)),
+        ("GB/s", wide, lambda r: _number(r.gbps)),
+        ("% roof", True, lambda r: _percent(r.roof_fraction)),
+        ("flop/B", wide, lambda r: _number(r.intensity)),
+        ("gap us", True, lambda r: f"{r.gap_us:,.1f}"),
+        ("grid", wide and on_gpu, lambda r: "x".join(map(str, r.grid)) if r.grid else "-"),
+        ("waves", on_gpu, lambda r: _number(r.waves)),
+    ]
+    columns = [(heading, cell) for heading, shown, cell in columns if shown]
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("kernel" if on_gpu else "op", overflow="fold", min_width=16, max_width=44)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    for row in rows:
+        table.add_row(Text(row.label), *(cell(row) for _, cell in columns), Text(row.verdict, _COLOURS[row.verdict]))
+    return table
+
+
+def _headline(report: "Report") -> list[str]:
+    s = report.step
+    what = f"{s.steps} steps" if report.marked_steps else "no steps marked, all of it is one window"
+    unit = "kernels" if report.processor == "gpu" else "calls"
+    roof = f"{report.roof_gbps:,.0f} GB/s" if report.roof_gbps else "-"
+    ridge = f", ridge {report.ridge:.0f} flop/B" if report.ridge else ""
+
+    def rate(microseconds: float) -> str:
+        if not report.marked_steps or not microseconds:
+            return ""
+        return f"{(s.tokens or 1) * 1e6 / microseconds:,.1f} {'tokens' if s.tokens else 'steps'}/s"
+
+    lines = [
+        f"{report.source}: {report.device}, {what}",
+        f"memory roof {roof} ({report.roof_source}){ridge}",
+        f"{'step' if report.marked_steps else 'window'} {s.step_us:,.1f} us: busy {s.busy_fraction:.0%}, "
+        f"idle {s.idle_us:,.1f} us between {s.kernels:,.0f} {unit}",
+    ]
+    if s.unprofiled_us:
+        lines[-1] += f"; {rate(s.step_us)} under the profiler, {rate(s.unprofiled_us)} without"
+    elif report.marked_steps:
+        lines[-1] += f"; {rate(s.step_us)}"
+    if s.floor_us:
+        reached = s.floor_us / (s.unprofiled_us or s.step_us)
+        at_best = f", {rate(s.floor_us)}" if report.marked_steps else ""
+        whose = "" if s.known_bytes > 0.95 else f" (bytes known for {s.known_bytes:.0%} of the {unit}' time)"
+        lines.append(
+            f"floor: {s.bytes / 1e6:,.1f} MB take {s.floor_us:,.1f} us at the roof{at_best}; "
+            f"{reached:.1%} of that speed reached{whose}"
+        )
+    lines.append(f"{s.verdict}: {s.reason}. {s.advice[:1].upper()}{s.advice[1:]}.\n")
+    return lines
+
+
+def _advice(rows: "list[Row]") -> Text:
+    """One line for each different thing to do, with the kernels that it is about."""
+    about: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    for row in rows:
+        about[row.verdict, row.advice].append(row)
+    text = Text("\n")
+    for (kind, advice), group in sorted(about.items(), key=lambda item: -sum(r.share for r in item[1])):
+        names = list(dict.fromkeys(r.label for r in group))
+        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
+        text.append(f"{sum(r.share for r in group):4.0%} ")
+        text.append(kind, _COLOURS[kind])
+        text.append(f"  {', '.join(names[:2])}{more}: {group[0].reason}.\n      -> {advice}\n")
+    return text
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}"
+
+
+def comparison(before: "Report", after: "Report") -> Table:
+    """What changed from one report to the other: the step, then the kernels' time by family and by verdict."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("a step", overflow="fold")
+    for heading in ("before", "after", "before / after"):
+        table.add_column(heading, justify="right")
+
+    def line(what: str, old: float | None, new: float | None, form: str = "{:,.1f}", ratio: bool = True) -> None:
+        cells = ["-" if v is None else form.format(v) for v in (old, new)]
+        table.add_row(what, *cells, f"{old / new:.2f}x" if ratio and old and new else "")
+
+    a, b = before.step, after.step
+    line("time, us", a.step_us, b.step_us)
+    line("tokens/s", a.tokens_per_s, b.tokens_per_s)
+    line("busy", a.busy_fraction, b.busy_fraction, "{:.0%}", ratio=False)
+    line("idle, us", a.idle_us, b.idle_us)
+    line("kernels" if before.processor == "gpu" else "calls", a.kernels, b.kernels, "{:,.0f}")
+    line("floor of its bytes, us", a.floor_us, b.floor_us)
+    for heading, names, key in (
+        ("kernels' time by work, us", FAMILIES, lambda r: r.family),
+        ("kernels' time by verdict, us", roofline.VERDICTS, lambda r: r.verdict),
+    ):
+        table.add_row(Text(heading, "bold"))
+        for name in names:
+            old, new = (sum(r.total_us for r in x.rows if key(r) == name) / x.step.steps for x in (before, after))
+            if old or new:
+                line(f"  {name}", old, new)
+    return table
