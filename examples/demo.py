@@ -47,8 +47,7 @@ def main() -> int:
     start = time.perf_counter()
     model, tokenizer = checkpoint.load(gguf, device=device)
     console.print(f"{gguf.name}: loaded in {time.perf_counter() - start:.1f} s on {machine}\n")
-    chat = tokenizer.apply_chat([{"role": "user", "content": arguments.question}])
-    ids = tokenizer.encode(chat, add_special=False)
+    ids = tokenizer.encode_chat([{"role": "user", "content": arguments.question}])
     generator = Generator(model, tokenizer, max_length=len(ids) + max(arguments.tokens, 160))
 
     console.print(arguments.question, style="bold", markup=False)

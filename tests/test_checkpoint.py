@@ -195,6 +195,14 @@ def test_shards_and_one_file_agree(tmp_path, dtype):
     assert torch.equal(logits_of(tmp_path / "one"), logits_of(tmp_path / "many"))
 
 
+def test_one_file_goes_before_an_index(tmp_path):
+    """As transformers has it; a directory may hold both after a download of everything."""
+    write_hf(tmp_path, shards=2, seed=1)
+    other = write_hf(tmp_path, seed=2)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    assert all(same(w, other[n]) for n, w in tensors_of(tmp_path).items())
+
+
 def test_dtypes(tmp_path):
     write_hf(tmp_path, dtype=torch.float16)
     assert load(tmp_path)[0].dtype == checkpoint.default_dtype("cpu", {}) == torch.bfloat16
@@ -287,6 +295,17 @@ def test_converted_directory_loads_back_bit_equal(tmp_path, kind):
         assert tokenizer.encode(text) == original.encode(text)
     assert tokenizer.chat_template == original.chat_template and tokenizer.eos_ids == original.eos_ids
     assert {p.name for p in tmp_path.iterdir()} == {"src", "dst", "again"}
+
+
+def test_generation_config_is_copied_and_its_end_tokens_hold(tmp_path):
+    write_hf(tmp_path / "src")
+    generation = '{"eos_token_id": [7, 2], "temperature": 0.6}'
+    (tmp_path / "src" / "generation_config.json").write_text(generation)
+    convert(tmp_path / "src", tmp_path / "dst", group_size=32, search=False)
+    assert (tmp_path / "dst" / "generation_config.json").read_text() == generation
+    for directory in ("src", "dst"):
+        model, tokenizer = load(tmp_path / directory)
+        assert {2, 7} <= set(tokenizer.eos_ids) == set(model.config.eos_token_ids)
 
 
 def test_packed_directory_is_readable_by_others(tmp_path):
@@ -473,9 +492,14 @@ def test_bad_arguments(tmp_path):
     write_gguf(tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="dtype=torch.int8 must be float32, bfloat16 or float16"):
         load(tmp_path, dtype=torch.int8)
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="device='cuda:0': torch .* finds no CUDA device"):
-            load(tmp_path, device="cuda:0")
+    for device in ("mps", "xpu", "meta", "abacus", "", 1.5, None, torch.device("mps")):
+        with pytest.raises(ValueError, match=f"^device='{device}' must be cpu, cuda or cuda:N$"):
+            load(tmp_path, device=device)
+    for device in ("cuda:99", *(["cuda"] if not torch.cuda.is_available() else [])):
+        with pytest.raises(
+            ValueError, match=rf"^device='{device}': torch \S+ sees \d+ GPUs; tiny-gemm doctor says why$"
+        ):
+            load(tmp_path, device=device)
     refuses("group_size=48 must be one of", tmp_path, quantize=48)
 
 

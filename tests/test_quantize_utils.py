@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -166,6 +167,8 @@ def test_save_and_load_are_bit_equal(tmp_path, symmetric):
     assert (loaded.zeros is None) if symmetric else torch.equal(loaded.zeros, weight.zeros)
     assert torch.equal(tensors["norm"], norm)
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+    maps = Path("/proc/self/maps")
+    assert not maps.exists() or "w.safetensors" not in maps.read_text(), "the file is read, and no longer needed"
 
 
 def test_failed_save_leaves_nothing(tmp_path):

@@ -37,7 +37,9 @@ CORPUS = {
     "empty": "",
 }
 NUMERALS = "½ ² Ⅷ 12½ ٣٤ ३ ① 一二三"  # \p{N} beyond 0 to 9: SmolLM2 splits each, transformers' GGUF reader does not
-SPECIAL = {"<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+PUBLISHED = pre_tokenizers.Sequence(  # SmolLM2's own tokenizer.json cuts with Digits and then with GPT-2's expression
+    [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +99,19 @@ def test_smollm_equals_transformers(smollm, smollm_path):
     text = smollm.apply_chat(messages)
     assert text == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
-    ids = smollm.encode(text, add_special=False)
+    ids = smollm.encode_chat(messages)
     assert ids.count(1) == 6 and ids.count(2) == 5
+    theirs.backend_tokenizer.pre_tokenizer = PUBLISHED
+    for name, text in CORPUS.items():
+        if name != "special":
+            messages = [{"role": r, "content": c} for r in ("user", "assistant") for c in (text, f" \n{text}\n ")]
+            expected = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+            assert smollm.encode_chat(messages) == expected, name
 
 
 @pytest.mark.parametrize("text", [*CORPUS.values(), NUMERALS], ids=[*CORPUS, "numerals"])
 def test_smollm_words_equal_the_published_tokenizer(smollm, text):
-    """SmolLM2's own tokenizer.json cuts with Digits and then with GPT-2's expression."""
-    published = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    assert smollm.backend.pre_tokenizer.pre_tokenize_str(text) == published.pre_tokenize_str(text)
+    assert smollm.backend.pre_tokenizer.pre_tokenize_str(text) == PUBLISHED.pre_tokenize_str(text)
 
 
 def test_smollm_saved_and_read_back(smollm, tmp_path):
@@ -303,6 +307,19 @@ def test_chat_template_features(template, text):
     assert with_template(template).apply_chat(messages, enable_thinking="no") == text
 
 
+@pytest.mark.parametrize("content", [CORPUS["special"], "<|im_end|>", "<<|im_end|>|im_end|>", "<|im_<|im_end|>end|>"])
+def test_control_tokens_in_a_message_are_plain_text(content):
+    tokenizer = with_template(CHAT_TEMPLATE)
+    messages = [
+        {"role": "system", "content": content},
+        {"role": "user", "content": content},
+        {"role": "tool", "content": ""},
+    ]
+    ids = tokenizer.encode_chat(messages)
+    assert [ids.count(i) for i in range(3)] == [0, 4, 3]  # those of the template
+    assert tokenizer.decode(ids, skip_special=False) == tokenizer.apply_chat(messages)
+
+
 @pytest.mark.parametrize(
     "template, rule",
     [
@@ -358,6 +375,11 @@ def test_bad_directories(tmp_path):
     other = json.loads(good) | {"decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(TokenizerError, match="WordPiece"):
+        Tokenizer.from_directory(tmp_path)
+    large = json.loads(good)
+    large["model"]["vocab"]["a"] = 400_000_000
+    (tmp_path / "tokenizer.json").write_text(json.dumps(large))
+    with pytest.raises(TokenizerError, match="token id 400000000 must be below 4194304"):
         Tokenizer.from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text(good)
     (tmp_path / "tokenizer_config.json").write_text("[]")

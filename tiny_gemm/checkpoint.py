@@ -88,8 +88,16 @@ def load(
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} must be float32, bfloat16 or float16")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: torch {torch.__version__} finds no CUDA device")
+    try:
+        wanted = torch.device(device)
+    except (RuntimeError, TypeError):
+        wanted = None
+    if wanted is None or wanted.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={str(device)!r} must be cpu, cuda or cuda:N")
+    if wanted.type == "cuda" and (wanted.index or 0) >= (gpus := torch.cuda.device_count()):
+        raise ValueError(
+            f"device={str(device)!r}: torch {torch.__version__} sees {gpus} GPUs; tiny-gemm doctor says why"
+        )
     with _clear_errors(path):
         source = _open(Path(path))
         config = _check(source, quantize)
@@ -580,12 +588,12 @@ def _open_directory(path: Path) -> Source:
         if method != QUANT_METHOD:
             raise CheckpointError(f"{path}: quant_method={method!r} is not supported, only {QUANT_METHOD!r}")
     stored: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # tensor -> (file, type, shape)
-    int4: dict[str, dict[str, Any]] = {}
+    int4: dict[str, tuple[int, tuple[int, int]]] = {}  # name -> (group size, shape)
     for file in _weight_files(path):
         with _open_safetensors(file) as f:
             metadata = f.metadata() or {}
             if metadata.get("format") == quantize_utils.FORMAT_NAME:
-                int4 = _packed_weights(file, metadata)
+                int4 = quantize_utils.read_header(file, metadata)
             for name in f.keys():  # noqa: SIM118 (a safetensors handle is no dict)
                 if name in stored:
                     raise CheckpointError(f"{path}: {name} is in both {stored[name][0].name} and {file.name}")
@@ -593,7 +601,7 @@ def _open_directory(path: Path) -> Source:
                 stored[name] = (file, part.get_dtype(), tuple(part.get_shape()))
     parts = {f"{name}.{part}" for name in int4 for part in ("packed", "scales", "zeros")}
     tied = bool(config.get("tie_word_embeddings"))  # some checkpoints store the head a second time all the same
-    shapes = {name: tuple(facts["shape"]) for name, facts in int4.items()}
+    shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in int4.items()}
     kinds = dict.fromkeys(int4, "INT4")
     for name, (file, kind, shape) in stored.items():
         if name in parts or name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
@@ -614,7 +622,7 @@ def _open_directory(path: Path) -> Source:
         zeros = tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
         try:
             packed, scales = tensor(f"{name}.packed"), tensor(f"{name}.scales")
-            return Int4Weight(packed, scales, zeros, int4[name]["group_size"], shapes[name])
+            return Int4Weight(packed, scales, zeros, *int4[name])
         except ValueError as e:
             raise CheckpointError(f"{path}: {name}: {_one_line(e)}") from e
 
@@ -653,21 +661,6 @@ def _weight_files(path: Path) -> list[Path]:
         if absent:
             raise CheckpointError(f"{index} says that {file.name} holds {absent[0]}, which it does not")
     return files
-
-
-def _packed_weights(file: Path, metadata: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """{name: {"group_size": ..., "shape": [N, K]}} from the header of a packed file."""
-    version = metadata.get("format_version")
-    if version != quantize_utils.FORMAT_VERSION:
-        raise CheckpointError(f"{file}: format version {version!r}, this reads {quantize_utils.FORMAT_VERSION!r}")
-    try:
-        int4 = json.loads(metadata["int4"])
-        return {
-            name: {"group_size": int(facts["group_size"]), "shape": [int(n) for n in facts["shape"]]}
-            for name, facts in int4.items()
-        }
-    except (KeyError, ValueError, TypeError, AttributeError) as e:
-        raise CheckpointError(f"{file}: the header does not describe packed weights: {_one_line(e)}") from e
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The command line: tiny-gemm generate | quantize | doctor.
+"""The command line: tiny-gemm generate | quantize | doctor | profile.
 
 stdout carries what was asked for (the text, or one JSON object), stderr everything about it. A user's mistake is one
 line on stderr and exit code 2; Ctrl-C is exit code 130. torch is imported inside the commands, so that --help is quick.
@@ -31,6 +31,7 @@ USER_ERROR = 2
 INTERRUPTED = 130
 SMOLLM2 = "smollm2"
 DEFAULT_NEW_TOKENS = 256
+PROFILED_PROMPT = "Explain in two sentences why the sky is blue."
 
 app = typer.Typer(
     help="Runs language models with packed INT4 weights, on a GPU or a CPU.",
@@ -56,6 +57,7 @@ def main() -> None:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller: >&-
             setattr(sys, name, open(os.devnull, "w"))
+    sys.stdout.reconfigure(line_buffering=True)  # so that a reader who has gone shows in a print, not at the exit
     app(prog_name="tiny-gemm")
 
 
@@ -121,8 +123,8 @@ def generate(
             max_new_tokens=DEFAULT_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
             stop=tuple(stop or ()),
         )
-        torch_device = _pick_device(device)
-        transformer, tokenizer = checkpoint.load(path, device=torch_device, dtype=_pick_dtype(dtype), quantize=quantize)
+        device = _pick_device(device)
+        transformer, tokenizer = checkpoint.load(path, device=device, dtype=_pick_dtype(dtype), quantize=quantize)
         token_ids = _encode(tokenizer, texts, system, raw)
         longest = max(map(len, token_ids))
         config = transformer.config
@@ -202,6 +204,77 @@ def doctor(context: typer.Context, as_json: AsJson = False) -> None:
             raise typer.Exit(1)
 
 
+@app.command()
+def profile(
+    context: typer.Context,
+    model: Model = SMOLLM2,
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the model goes on with.")] = PROFILED_PROMPT,
+    tokens: Annotated[int, typer.Option(help="Decode steps to record.")] = 16,
+    cached: Annotated[
+        int | None, typer.Option("--context", help="Tokens in the KV cache: the prompt is repeated to this length.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")] = "auto",
+    quantize: Annotated[
+        int | None,
+        typer.Option(metavar="GROUP", help="Quantize 16-bit weights on load: groups of 32, 64 or 128; -1: a row."),
+    ] = None,
+    trace: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Judge this torch profiler trace, of any program, instead.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Compare with this trace: what it was before.")
+    ] = None,
+    roof_gbps: Annotated[float | None, typer.Option(help="Memory bandwidth to judge by, in GB/s.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where trace, report, figures and TensorBoard log go; default: not kept.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Records decode steps, or reads a trace, and tells what limits each kernel."""
+    with _user_errors(context):
+        from tiny_gemm import profiling
+        from tiny_gemm.profiling import output
+
+        before = None if against is None else profiling.analyse(profiling.read_trace(against), roof_gbps=roof_gbps)
+        if out is not None:
+            output.check_replaceable(out)
+        missing = []
+        if trace is not None:
+            if context.get_parameter_source("model").name == "COMMANDLINE":
+                raise ValueError("--trace reads a file and MODEL is run: give one of the two")
+            report = profiling.analyse(profiling.read_trace(trace), roof_gbps=roof_gbps)
+            if out is not None:
+                with output.beside(out) as directory:
+                    missing = output.write_all(report, directory)
+        else:
+            from tiny_gemm import checkpoint
+
+            keep_memory_small()
+            path = _find_model(model)
+            transformer, tokenizer = checkpoint.load(
+                path, device=_pick_device(device), dtype=_pick_dtype(dtype), quantize=quantize
+            )
+            ids = tokenizer.encode(prompt)
+            if cached is not None:
+                if cached < 1:
+                    raise ValueError(f"--context {cached} must be 1 or more")
+                ids = (ids * (cached // len(ids) + 1))[:cached]
+            run = profiling.profile_decode(transformer, [ids], out, steps=tokens, roof_gbps=roof_gbps)
+            report, missing = run.report, run.missing
+        if as_json:
+            print(json.dumps({**report.to_json(), "before": before and before.to_json()}))
+        else:
+            console = Console(highlight=False)
+            console.print(report.table())
+            if before is not None:
+                console.print(report.against(before))
+        if out is not None:
+            missing = [f"written to {out}; to look at it: tensorboard --logdir {out / 'tensorboard'}", *missing]
+        for line in missing:
+            Console(stderr=True).print(line, style="dim", highlight=False, soft_wrap=True, markup=False)
+
+
 @contextmanager
 def _user_errors(context: typer.Context) -> Iterator[None]:
     """What the library refuses becomes one red line and exit code 2; Ctrl-C exits with 130."""
@@ -275,8 +348,7 @@ def _encode(tokenizer: "Tokenizer", texts: list[str], system: str | None, raw: b
             raise ValueError("--system needs a chat template; " + ("--raw uses none" if raw else "this model has none"))
         return [tokenizer.encode(text) for text in texts]
     before = [] if system is None else [{"role": "system", "content": system}]
-    chats = [tokenizer.apply_chat([*before, {"role": "user", "content": text}]) for text in texts]
-    return [tokenizer.encode(chat, add_special=False) for chat in chats]
+    return [tokenizer.encode_chat([*before, {"role": "user", "content": text}]) for text in texts]
 
 
 def _stream(generator: "Generator", prompts: list, params: "SamplingParams") -> "list[Result]":
@@ -323,20 +395,10 @@ def _print_stats(results: "list[Result]", transformer: "Transformer") -> None:
     Console(stderr=True).print(" · ".join(parts), style="dim", highlight=False, soft_wrap=True)
 
 
-def _pick_device(name: str) -> "torch.device":
+def _pick_device(name: str) -> str:
     import torch
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name!r} must be auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: torch sees {torch.cuda.device_count()} GPUs; tiny-gemm doctor says why")
-    return device
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _pick_dtype(name: str) -> "torch.dtype | None":
@@ -350,7 +412,3 @@ def _pick_dtype(name: str) -> "torch.dtype | None":
 
 def _mib(n: int) -> str:
     return f"{n / 2**20:.1f} MiB"
-
-
-if __name__ == "__main__":
-    main()

@@ -14,8 +14,9 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal
 
@@ -52,22 +53,27 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        rules = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number, 0 (greedy) or more"),
-            "top_k": (isinstance(self.top_k, int) and self.top_k >= 0, "an integer, 0 (off) or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
-            "min_p": (0 <= self.min_p <= 1, "between 0 (off) and 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0 (1: off)"),
-            "max_new_tokens": (isinstance(self.max_new_tokens, int) and self.max_new_tokens > 0, "an integer above 0"),
-            "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be {rule}")
         seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,)
-        if not all(isinstance(s, int) and -(2**63) <= s < 2**63 for s in seeds):
-            raise ValueError(f"seed={self.seed!r} must be an integer of 64 bits, or a tuple of them")
+        stops = (self.stop,) if isinstance(self.stop, str) else self.stop
+        ends = () if self.stop_token_ids is None else self.stop_token_ids
+        several = {"seed": seeds, "stop": stops, "stop_token_ids": ends}
+        rules = {  # type, what each value must fulfil, both in words
+            "temperature": (Real, lambda v: 0 <= v < math.inf, "a finite number, 0 (greedy) or more"),
+            "top_k": (Integral, lambda v: v >= 0, "an integer, 0 (off) or more"),
+            "top_p": (Real, lambda v: 0 < v <= 1, "a number above 0 and at most 1 (off)"),
+            "min_p": (Real, lambda v: 0 <= v <= 1, "a number between 0 (off) and 1"),
+            "repetition_penalty": (Real, lambda v: 0 < v < math.inf, "a finite number above 0 (1: off)"),
+            "seed": (Integral, lambda v: -(2**63) <= v < 2**63, "an integer of 64 bits, or a tuple of them"),
+            "max_new_tokens": (Integral, lambda v: v > 0, "an integer above 0"),
+            "stop": (str, len, "strings that are not empty"),
+            "stop_token_ids": (Integral, lambda v: True, "token ids, or None"),
+        }
+        for name, (kind, holds, rule) in rules.items():
+            values = several.get(name, (getattr(self, name),))
+            typed = isinstance(values, Collection) and all(isinstance(v, kind) for v in values)
+            if not typed or not all(map(holds, values)):
+                raise (ValueError if typed else TypeError)(f"{name}={getattr(self, name)!r} must be {rule}")
+        object.__setattr__(self, "stop", tuple(stops))
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ class Piece:
     text: str
 
 
-Prompt = str | Sequence[int]
+Prompt = str | list[int] | tuple[int, ...]
 
 
 class Generator:
@@ -109,10 +115,17 @@ class Generator:
 
     max_length: tokens a row can hold, prompt and answer; default 2048 or what the model allows, if that is less.
     run_ahead: steps launched before the host reads a token; default 1 on a GPU, 0 on a CPU.
+    cuda_graph: False launches every kernel of a step by itself, for profilers and debuggers.
     """
 
     def __init__(
-        self, model: Transformer, tokenizer=None, *, max_length: int | None = None, run_ahead: int | None = None
+        self,
+        model: Transformer,
+        tokenizer=None,
+        *,
+        max_length: int | None = None,
+        run_ahead: int | None = None,
+        cuda_graph: bool = True,
     ):
         config = model.config
         self.model, self.tokenizer = model, tokenizer
@@ -121,6 +134,7 @@ class Generator:
         config.check_cache_length(max_length)
         self.max_length = max_length
         self.run_ahead = int(model.device.type == "cuda") if run_ahead is None else run_ahead
+        self.cuda_graph = cuda_graph and model.device.type == "cuda"
         self._turn = 0  # counts calls, so that a stream whose cache another call has taken over can tell
         self._slots: _Slots | None = None
         self._graphs: dict[tuple, torch.cuda.CUDAGraph] = {}
@@ -139,11 +153,12 @@ class Generator:
     def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> "Stream":
         """Starts 1 to 8 prompts as one batch; a prompt is text or a list of token ids. Iterate the Stream for Pieces.
 
-        ValueError for an empty prompt, an unknown token id, a batch over 8, a prompt and answer over max_length.
+        ValueError for an empty prompt, an unknown token id, a batch over 8, a prompt and answer over max_length;
+        TypeError for prompts of another type.
         FloatingPointError, while iterating, when the model's logits are NaN or infinite: no token is made up.
         """
         params = params or SamplingParams()
-        if isinstance(prompts, str) or (len(prompts) and not isinstance(prompts[0], (str, Sequence))):
+        if not isinstance(prompts, (list, tuple)) or (prompts and not isinstance(prompts[0], (str, list, tuple))):
             prompts = [prompts]  # one prompt, as text or as token ids
         if not 1 <= len(prompts) <= MAX_BATCH:
             raise ValueError(f"{len(prompts)} prompts: a batch holds 1 to {MAX_BATCH}")
@@ -162,14 +177,26 @@ class Generator:
         rows = [_Row(len(p), params, frozenset(stops), d) for p, d in zip(ids, decoders, strict=True)]
         return Stream(rows, self._tokens(ids, seeds, params), self.model.device)
 
+    def steps(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> Iterator[list[int]]:
+        """The tokens that each step picks, a list a step, for 1 to 8 prompts of token ids; the first step is the
+        prefill. Text, seeds a row, and stops are stream's; this is for profilers and benchmarks."""
+        params = params or SamplingParams()
+        if not 1 <= len(prompts) <= MAX_BATCH:
+            raise ValueError(f"{len(prompts)} prompts: a batch holds 1 to {MAX_BATCH}")
+        ids = [self._check_prompt(i, prompt, params.max_new_tokens) for i, prompt in enumerate(prompts)]
+        return self._tokens(ids, (params.seed,) * len(ids), params)
+
     def _check_prompt(self, row: int, prompt: Prompt, new_tokens: int) -> list[int]:
-        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else [int(i) for i in prompt]
+        is_ids = isinstance(prompt, (list, tuple)) and all(isinstance(i, Integral) for i in prompt)
+        if not is_ids and not isinstance(prompt, str):
+            raise TypeError(f"prompt {row} is {prompt!r:.60}; it must be text (str) or a list of token ids (int)")
+        ids = [int(i) for i in prompt] if is_ids else self.tokenizer.encode(prompt)
         if not prompt or not ids:
             raise ValueError(f"prompt {row} is empty; it must have at least one token")
         vocab = self.model.config.vocab_size
         if not 0 <= min(ids) <= max(ids) < vocab:
             bad = next(i for i in ids if not 0 <= i < vocab)
-            raise ValueError(f"prompt {row} has token id {bad}; ids must be 0 to {vocab - 1}")
+            raise ValueError(f"prompt {row} has token id {bad}; ids must be 0 to {vocab - 1} (vocab_size={vocab})")
         if len(ids) + new_tokens > self.max_length:
             raise ValueError(
                 f"prompt {row} has {len(ids)} tokens, with max_new_tokens={new_tokens} that is "
@@ -216,7 +243,7 @@ class Generator:
         def step() -> None:
             slots.pick(self.model.decode(slots.tokens, slots.cache), params)
 
-        if self.model.device.type != "cuda":
+        if not self.cuda_graph:
             return step
         key = (slots.tokens.shape[0], *_sampling_key(params))
         if key not in self._graphs:

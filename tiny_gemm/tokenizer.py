@@ -15,6 +15,7 @@ from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -61,6 +62,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # What a template can raise of Python's own.
 _TEMPLATE_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _SPACE = "\u2581"  # SentencePiece's visible space
+_MAX_IDS = 2**22  # no sane vocabulary is larger; keeps a corrupt id from being allocated
 
 
 class TokenizerError(ValueError):
@@ -100,7 +102,7 @@ class Tokenizer:
         return len(self.token_bytes)
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Token ids. add_special puts bos in front where the model wants one; special tokens in the text are parsed."""
+        """Token ids. add_special puts bos in front where the model wants one; control tokens in the text are parsed."""
         return self.backend.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True, continuation: bool = False) -> str:
@@ -118,7 +120,7 @@ class Tokenizer:
     def apply_chat(
         self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **variables: Any
     ) -> str:
-        """The prompt for `messages`, [{"role": ..., "content": ...}, ...]; encode it with add_special=False.
+        """The prompt for `messages`, [{"role": ..., "content": ...}, ...], as text; encode_chat gives its token ids.
 
         Further keyword arguments reach the template. ValueError when there is no template or the template refuses.
         """
@@ -132,6 +134,21 @@ class Tokenizer:
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **scope)
         except (jinja2.TemplateError, *_TEMPLATE_ERRORS) as e:
             raise ValueError(f"the chat template refuses these messages: {e}") from e
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
+        """Token ids of apply_chat(messages, **options), in which control tokens are the template's alone: where a
+        message itself says <|im_end|>, that is plain text, encoded as < and |im_end|>."""
+        mark = uuid4().hex  # stands where such a token is cut
+        controls = [t for t in map(self.backend.id_to_token, self.special_ids) if t]
+
+        def cut(text: str) -> str:
+            for token in controls:
+                text = text.replace(token, token[0] + mark + token[1:])
+            return text
+
+        messages = [{k: cut(v) if isinstance(v, str) else v for k, v in m.items()} for m in messages]
+        parts = self.apply_chat(messages, **options).split(mark)
+        return [i for part in parts for i in self.encode(part, add_special=False)]
 
     def save(self, directory: str | Path) -> None:
         """Writes tokenizer.json, tokenizer_config.json and generation_config.json, which from_directory reads back."""
@@ -237,7 +254,9 @@ class Tokenizer:
         unspell, strip = _decoder_of(description, file)
         added = backend.get_added_tokens_decoder()
         vocab = backend.get_vocab(with_added_tokens=True)
-        token_bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+        if (largest := max(vocab.values(), default=-1)) >= _MAX_IDS:
+            raise TokenizerError(f"{file}: token id {largest} must be below {_MAX_IDS}")
+        token_bytes = [b""] * (largest + 1)
         for token, i in vocab.items():
             token_bytes[i] = token.encode() if i in added else unspell(token)
 
