@@ -229,14 +229,15 @@ AOT_CASES = [
 @pytest.mark.aot
 @pytest.mark.parametrize("target, D, kv_heads, group", AOT_CASES)
 def test_compiles_for(target, D, kv_heads, group):
-    config = decode.pick_config(kv_heads, 4096, D, 2, aot.device_facts(target))
+    facts = aot.device_facts(target)
+    config = decode.pick_config(kv_heads, 4096, D, 2, facts)
     kernel = decode._decode_attention_kernel
     signature = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"}
     signature |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
     for name in kernel.arg_names:
         signature.setdefault(name, "i32" if name.startswith("stride_") else "*bf16")
     constants = {"ROPE_HALF": D // 2, "G": group, "D": D, "NUM_SPLITS": config.num_splits, "BLOCK_N": config.block_n}
-    constants |= {"BLOCK_G": 16, "BLOCK_D": triton.next_power_of_2(D)}
+    constants |= {"BLOCK_G": 16, "BLOCK_D": triton.next_power_of_2(D), "PDL": facts.has_pdl}
     compiled = aot.compile_kernel(
         kernel,
         target,

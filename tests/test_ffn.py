@@ -132,7 +132,7 @@ def compile_ffn(target, name):
     config = ffn.pick_config(rows, d, h, n, weight_bytes, facts)
     pointers = {name: "*bf16" for name in ("x_ptr", "hidden_ptr", "y_ptr")} | {"barrier_ptr": "*i32"}
     sizes = dict.fromkeys(("M", "D", "H", "N", "stride_xm"), "i32")
-    constants = {"b1_ptr": None, "b2_ptr": None, "ACTIVATION": "silu", "USE_ASM": facts.is_nvidia}
+    constants = {"b1_ptr": None, "b2_ptr": None, "ACTIVATION": "silu", "USE_ASM": facts.is_nvidia, "PDL": facts.has_pdl}
     constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SLICES": config.slices}
     constants |= {"STAGES": config.stages}
     if group_size is None:

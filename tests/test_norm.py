@@ -52,6 +52,6 @@ def test_compiles_for_every_target(target):
 
     signature = {"x_ptr": "*bf16", "residual_ptr": "*fp32", "weight_ptr": "*bf16", "y_ptr": "*bf16", "s_ptr": "*fp32"}
     signature |= {"D": "i32", "stride_xm": "i32", "eps": "fp32"}
-    constants = {"bias_ptr": None, "SUBTRACT_MEAN": False, "BLOCK_D": 4096}
+    constants = {"bias_ptr": None, "SUBTRACT_MEAN": False, "BLOCK_D": 4096, "PDL": aot.device_facts(target).has_pdl}
     compiled = aot.compile_kernel(norm._norm_kernel, target, signature, constants, num_warps=norm.pick_num_warps(4096))
     aot.check(compiled, tensor_cores=False)

@@ -59,7 +59,7 @@ def test_reads_no_row_past_the_last_tile(m):
     whole = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 128)
     whole.scales[2:] = float("nan")
     part = Int4Weight(whole.packed[:2], whole.scales[:2], None, 128, (17, 128))
-    config = triton_gemm.GemmConfig(64, 16, slices=0 if m > 16 else 4, num_warps=4, stages=2)
+    config = triton_gemm.GemmConfig(64, 16, slices=0 if m > 16 else 4, splits=1, num_warps=4, stages=2)
     x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
     y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
     assert_close(y, int4_gemm_ref(x, part))
@@ -78,30 +78,42 @@ def test_unpack_gives_every_value(plane):
     assert y[0].tolist() == [float(v - 8) for v in range(16)]
 
 
-SHAPES = {  # name: (m, n, k, group_size, dtype of zeros)
-    "decode-g128": (1, 4096, 4096, 128, None),
-    "decode-g64": (16, 28672, 8192, 64, "*fp16"),
-    "decode-g32": (1, 1536, 576, 32, "*fp32"),
-    "decode-per-channel": (8, 4096, 14336, -1, "*fp16"),
-    "prefill-g128": (512, 4096, 4096, 128, None),
-    "prefill-g32": (512, 1536, 576, 32, "*fp32"),
+SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
+    "decode-g128": (1, 4096, 4096, 128, "*fp16", None),
+    "decode-m8": (8, 28672, 4096, 128, "*bf16", None),
+    "decode-g64": (16, 28672, 8192, 64, "*fp16", "*fp16"),
+    "decode-per-channel": (8, 4096, 14336, -1, "*fp16", "*fp16"),
+    "slices-g128": (8, 2048, 2048, 128, "*fp32", None),
+    "slices-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
+    "prefill-g128": (512, 4096, 4096, 128, "*fp16", None),
+    "prefill-g32": (512, 1536, 576, 32, "*fp16", "*fp32"),
+    "prefill-split": (32, 4096, 4096, 128, "*fp16", None),
 }
 
 
 def compile_gemm(target, name, dtype="bf16"):
     """The kernel that int4_gemm would launch on a large chip of this target."""
-    m, n, k, group_size, zeros = SHAPES[name]
+    m, n, k, group_size, scales, zeros = SHAPES[name]
     facts = aot.device_facts(target)
-    config = triton_gemm.pick_config(m, n, k, facts)
-    signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp16", "z_ptr": zeros, "y_ptr": f"*{dtype}"}
+    config = triton_gemm.pick_config(m, n, k, group_size, facts)
+    signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": scales, "z_ptr": zeros, "y_ptr": f"*{dtype}"}
     signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
     constants = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "UNIT": unit_k(k), "GROUP_SIZE": group_size}
-    constants |= {"STAGES": config.stages, "USE_ASM": facts.is_nvidia, "bias_ptr": None}
-    constants |= {} if zeros else {"z_ptr": None}
-    kernel = triton_gemm._int4_gemm_prefill_kernel
+    constants |= {"STAGES": config.stages, "USE_ASM": facts.is_nvidia, "PDL": facts.has_pdl}
+    constants |= {"bias_ptr": None} | ({} if zeros else {"z_ptr": None})
+    options = {}
     if config.slices:
-        kernel, constants["SLICES"] = triton_gemm._int4_gemm_kernel, config.slices
-    return aot.compile_kernel(kernel, target, signature, constants, num_warps=config.num_warps, unaligned=("M", "N"))
+        kernel, constants["SLICES"] = triton_gemm._int4_gemm_slice_kernel, config.slices
+        options = {"maxnreg": triton_gemm.MAX_REGISTERS} if facts.is_nvidia else {}
+    else:
+        kernel = triton_gemm._int4_gemm_kernel
+        constants |= {"SPLITS": config.splits, "PREFETCH": facts.has_pdl and "decode" in name}
+        if config.splits > 1:
+            signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"}
+        else:
+            constants |= {"partial_ptr": None, "counter_ptr": None}
+    options["num_warps"] = config.num_warps
+    return aot.compile_kernel(kernel, target, signature, constants, unaligned=("M", "N"), **options)
 
 
 @pytest.mark.aot
@@ -126,11 +138,12 @@ def test_unpacking_costs_no_conversions(target, dtype):
 @pytest.mark.parametrize("n", [192, 4096, 28672, 128256])
 @pytest.mark.parametrize("k", [576, 2048, 14336])
 def test_pick_config_fits_and_sums_in_one_order(n, k, facts):
-    configs = [triton_gemm.pick_config(m, n, k, facts) for m in (1, 2, 8, 9, 16)]
-    for config in [*configs, triton_gemm.pick_config(512, n, k, facts)]:
-        assert triton_gemm.shared_memory_bytes(config, unit_k(k)) <= facts.shared_memory_bytes
-    assert len({(c.slices, c.num_warps) for c in configs}) == 1  # how K is split must not depend on the batch
-    assert configs[0] == configs[1] == configs[2]
+    for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
+        configs = [triton_gemm.pick_config(m, n, k, group_size, facts) for m in (1, 2, 4, 8, 9, 16)]
+        step = unit_k(k) * triton_gemm.units_per_step(unit_k(k), group_size)
+        for config in [*configs, *(triton_gemm.pick_config(m, n, k, group_size, facts) for m in (32, 512))]:
+            assert triton_gemm.shared_memory_bytes(config, step) <= facts.shared_memory_bytes
+        assert len({(c.slices, c.splits) for c in configs}) == 1  # how K is split must not depend on the batch
 
 
 def test_float32_is_refused_in_words():

@@ -18,6 +18,11 @@ class DeviceFacts:
     shared_memory_bytes: int
     is_nvidia: bool
 
+    @property
+    def has_pdl(self) -> bool:
+        """Programmatic dependent launch: a kernel may start while the one before it still runs."""
+        return self.is_nvidia and self.capability >= (9, 0)
+
 
 # What kernels see in Triton's interpreter: a tiny chip, so that small tests have several waves of blocks.
 INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)
@@ -48,6 +53,11 @@ def device_guard(t: Tensor):
     if t.device.type == "cpu" or t.device.index == torch.cuda.current_device():
         return nullcontext()
     return torch.cuda.device(t.device)
+
+
+def tensor_bytes(*tensors: Tensor | None) -> int:
+    """Bytes of the tensors together, each element once; for the costs that kernels declare."""
+    return sum(t.nbytes for t in tensors if t is not None)
 
 
 _COUNTERS: dict[tuple[str, torch.device, int], Tensor] = {}

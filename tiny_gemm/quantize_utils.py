@@ -12,12 +12,13 @@ Packed order. Rows are cut into tiles of TILE_N = 16 and columns into units of U
 a tile's units lie one behind the other, so that a block of the GPU kernel reads one contiguous stream, 16 bytes a
 thread:
 
-    packed  int16 [N / 16, K / U, 16, U / 4]    nibble j of column c holds q[n, U * unit + U / 4 * j + c]
-    scales        [N / 16, K / group_size, 16]
-    zeros         [N / 16, K / group_size, 16]
+    packed  int16 [N / 16, K / U, 16, U / 4]            nibble j of column c holds q[n, U * unit + U / 4 * j + c]
+    scales        [N / 16, K / group_size / 2, 16, 2]   those of two neighbouring groups lie side by side;
+    zeros         [N / 16, K / group_size / 2, 16, 2]   per channel [N / 16, 1, 16, 1]
 
 With this nibble order the four nibbles of a column meet four contiguous slices of x, so the kernel unpacks in registers
-and needs no shuffle. N and K are padded to whole tiles and units with zero weights.
+and needs no shuffle. Scales come in pairs because a GPU fetches ahead only what it loads 4 bytes and more at a time. N
+and K are padded to whole tiles and units with zero weights, and an odd number of groups by one.
 """
 
 import json
@@ -34,7 +35,7 @@ TILE_N = 16
 GROUP_SIZES = (32, 64, 128, -1)  # -1: one group a row (per-channel)
 SYMMETRIC_ZERO = 8
 FORMAT_NAME = "tiny-gemm-int4"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 _SEARCH_SHRINKS = tuple(1.05 - 0.025 * i for i in range(21))  # candidate scales over the plain one: 1.05 to 0.55
@@ -50,8 +51,8 @@ def unit_k(k: int) -> int:
 class Int4Weight:
     """A packed INT4 weight of `shape` (N, K), used as y = x @ W.T; the module's docstring gives the layout.
 
-    packed: int16 [N / 16, K / U, 16, U / 4]. scales: fp16, bf16 or fp32 [N / 16, groups, 16]. zeros: like scales in
-    shape, any of the same dtypes, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a row).
+    packed: int16 [N / 16, K / U, 16, U / 4]. scales: fp16, bf16 or fp32 [N / 16, groups / 2, 16, 2]. zeros: like scales
+    in shape, any of the same dtypes, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a row).
     """
 
     packed: Tensor
@@ -107,8 +108,8 @@ def packed_shapes(n: int, k: int, group_size: int) -> tuple[tuple[int, ...], tup
     _check_group_size(k, group_size)
     unit = unit_k(k)
     tiles, units = _ceil_div(n, TILE_N), _ceil_div(k, unit)
-    groups = 1 if group_size == -1 else units * unit // group_size
-    return (tiles, units, TILE_N, unit // 4), (tiles, groups, TILE_N)
+    pairs = (1, 1) if group_size == -1 else (_ceil_div(units * unit, 2 * group_size), 2)
+    return (tiles, units, TILE_N, unit // 4), (tiles, pairs[0], TILE_N, pairs[1])
 
 
 def check_packed(packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, n: int, k: int) -> None:
@@ -143,8 +144,10 @@ def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> In
     low, high = planes[0] | (planes[1] << 4), planes[2] | (planes[3] << 4)
     packed = torch.stack((low, high), dim=-1).view(torch.int16).squeeze(-1)
 
-    padded_groups = 1 if group_size == -1 else padded_k // group_size
-    to_tiles = lambda t: _pad_to(t, tiles * TILE_N, padded_groups).view(tiles, TILE_N, -1).transpose(1, 2).contiguous()  # noqa: E731
+    _, (_, pairs, _, pair) = packed_shapes(n, k, group_size)
+    to_tiles = lambda t: (  # noqa: E731
+        _pad_to(t, tiles * TILE_N, pairs * pair).view(tiles, TILE_N, pairs, pair).transpose(1, 2).contiguous()
+    )
     return Int4Weight(packed, to_tiles(scales), None if zeros is None else to_tiles(zeros), group_size, (n, k))
 
 
@@ -286,20 +289,33 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu"):
     try:
         with safe_open(path, framework="pt", device=str(device)) as f:
             metadata = dict(f.metadata() or {})
-            if metadata.get("format") != FORMAT_NAME:
-                raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT_NAME!r}")
-            if metadata["format_version"] != FORMAT_VERSION:
-                raise ValueError(f"{path}: format version {metadata['format_version']}, this reads {FORMAT_VERSION}")
-            flat = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (a safetensors handle is no dict)
+            int4 = read_header(path, metadata)
+            # Cloned: a tensor on the CPU would keep the file mapped, and die with it when somebody truncates the file.
+            flat = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (a handle is no dict)
+        del metadata["int4"]
         tensors: dict[str, Tensor | Int4Weight] = {}
-        for name, facts in json.loads(metadata.pop("int4")).items():
+        for name, (group_size, shape) in int4.items():
             parts = [flat.pop(f"{name}.packed"), flat.pop(f"{name}.scales"), flat.pop(f"{name}.zeros", None)]
-            n, k = facts["shape"]
-            tensors[name] = Int4Weight(*parts, int(facts["group_size"]), (int(n), int(k)))
-        tensors |= flat
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as e:
+            tensors[name] = Int4Weight(*parts, group_size, shape)
+    except (SafetensorError, KeyError) as e:
         raise ValueError(f"{path}: not a whole {FORMAT_NAME} file: {type(e).__name__}: {e}") from e
-    return tensors, metadata
+    return tensors | flat, metadata
+
+
+def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, tuple[int, tuple[int, int]]]:
+    """{name: (group size, (N, K))} of the Int4Weights in a file that save_packed wrote, from its metadata."""
+    if metadata.get("format") != FORMAT_NAME:
+        raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT_NAME!r}")
+    if (version := metadata.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path}: format version {version!r}, this reads {FORMAT_VERSION!r}")
+    int4 = {}
+    try:
+        for name, facts in json.loads(metadata["int4"]).items():
+            n, k = map(int, facts["shape"])
+            int4[name] = int(facts["group_size"]), (n, k)
+    except (KeyError, ValueError, TypeError, AttributeError) as e:
+        raise ValueError(f"{path}: the header does not describe packed weights: {type(e).__name__}: {e}") from e
+    return int4
 
 
 def _quantize_groups(w: Tensor, symmetric: bool, search: bool, scale_dtype: torch.dtype):

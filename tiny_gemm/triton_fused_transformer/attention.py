@@ -19,12 +19,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, device_facts, device_guard
+from tiny_gemm.device import DeviceFacts, device_facts, device_guard, tensor_bytes
 
 LOG2_E = 1.4426950408889634
 
 
-@triton.jit(do_not_specialize=["Lq", "Lk", "seed"])
+def _fused_attention_cost(grid, kernel, args) -> dict:
+    """Bytes and flops of one launch, for a launch hook; under a causal mask only the pairs that are seen."""
+    q, k, Lq, Lk = args["q_ptr"], args["k_ptr"], args["Lq"], args["Lk"]
+    pairs = Lq * Lk
+    if args["CAUSAL"]:
+        rows = min(Lq, Lk)  # those that see a key at all
+        pairs = rows * (Lk - rows) + rows * (rows + 1) // 2
+    flops = "flops32" if q.element_size() == 4 else "flops16"
+    return {
+        "bytes": tensor_bytes(q, k, args["v_ptr"], args["out_ptr"]),
+        flops: 4 * q.shape[0] * q.shape[1] * pairs * args["D"],
+    }
+
+
+@triton.jit(do_not_specialize=["Lq", "Lk", "seed"], launch_metadata=_fused_attention_cost)
 def _fused_attention_kernel(
     q_ptr,
     k_ptr,

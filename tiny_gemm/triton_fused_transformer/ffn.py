@@ -12,16 +12,17 @@ Both phases stream weights as the INT4 GEMM does: weights are the M operand, K i
 added in a fixed order. W1, W2 and Wg are 16 bit or packed INT4.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, device_guard
+from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, device_guard, tensor_bytes
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_gemm import int4_tile, store_tile
+from tiny_gemm.triton_gemm import fit_shared_memory, int4_tile, store_tile
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
 MAX_REGISTERS = 255  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
@@ -139,7 +140,15 @@ def _dense_tile(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
+def _ffn_cost(grid, kernel, args) -> dict:
+    """Bytes and flops of one launch, for a launch hook; the hidden activation stays in L2 and is not counted."""
+    scratch = ("hidden_ptr", "barrier_ptr")
+    tensors = (t for name, t in args.items() if name.endswith("_ptr") and name not in scratch)
+    products = args["N"] + args["D"] * (1 if args["wg_ptr"] is None else 2)
+    return {"bytes": tensor_bytes(*tensors), "flops16": 2 * args["M"] * args["H"] * products}
+
+
+@triton.jit(launch_metadata=_ffn_cost)
 def _dense_ffn_kernel(
     x_ptr,  # [M, D]
     w1_ptr,  # [D, H]
@@ -168,6 +177,7 @@ def _dense_ffn_kernel(
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
     USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     offs_m = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), tl.cdiv(H, BLOCK_N), tl.num_programs(0)):
@@ -188,6 +198,8 @@ def _dense_ffn_kernel(
             up = _activate(up, ACTIVATION)
         store_tile(up, None, hidden_ptr, offs_n, offs_m, M, H)
     grid_barrier(barrier_ptr, USE_ASM)
+    if PDL:  # launched the ordinary way, as cooperative launches are; but the next kernel may start
+        gdc_launch_dependents()
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         acc = _dense_tile(
@@ -197,7 +209,7 @@ def _dense_ffn_kernel(
         store_tile(acc, b2_ptr, y_ptr, offs_n, offs_m, M, N)
 
 
-@triton.jit
+@triton.jit(launch_metadata=_ffn_cost)
 def _int4_ffn_kernel(
     x_ptr,  # [M, D]
     w1_ptr,  # [H / 16, UNITS, 16, UNIT1 / 4] int16, and its scales, zeros (or None), bias (or None)
@@ -229,6 +241,7 @@ def _int4_ffn_kernel(
     SLICES: tl.constexpr,
     STAGES: tl.constexpr,
     USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     offs_m = tl.arange(0, BLOCK_M)
     for tile in range(tl.program_id(0), tl.cdiv(H, BLOCK_N), tl.num_programs(0)):
@@ -249,6 +262,8 @@ def _int4_ffn_kernel(
             up = _activate(up, ACTIVATION)
         store_tile(up, None, hidden_ptr, offs_n, offs_m, M, H)
     grid_barrier(barrier_ptr, USE_ASM)
+    if PDL:  # launched the ordinary way, as cooperative launches are; but the next kernel may start
+        gdc_launch_dependents()
     for tile in range(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.num_programs(0)):
         acc = int4_tile(
             hidden_ptr, w2_ptr, s2_ptr, z2_ptr, tile, offs_m, M, N, H, H,
@@ -264,7 +279,7 @@ def _int4_ffn_kernel(
 
 @dataclass(frozen=True)
 class FfnConfig:
-    """block_n columns and block_m rows a tile; K split over `slices` warps, block_k at a time (INT4: one unit);
+    """block_n columns and block_m rows a tile; K split over `slices` warps, block_k at a time (INT4: at most);
     `stages` tiles in flight; `programs` blocks, which must all be resident at once."""
 
     block_n: int
@@ -275,12 +290,6 @@ class FfnConfig:
     programs: int
 
 
-def shared_memory_bytes(config: FfnConfig, weight_bytes: float) -> int:
-    """What the software pipeline keeps in flight; weight_bytes: of one weight (0.5 for INT4)."""
-    tile = config.block_n * weight_bytes + config.block_m * 2
-    return int((config.stages - 1) * config.slices * config.block_k * tile)
-
-
 def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: DeviceFacts) -> FfnConfig:
     """The configuration for x [m, d], hidden size h, output n; the slices of K do not depend on m: see int4_gemm."""
     # Swept on an H200, 2026-11-22, INT4: h 1536 and 8192, M = 1 and 8: see docs/notes/int4-gemm.md.
@@ -288,13 +297,12 @@ def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: Devi
     block_n = 32 if m <= 8 and max(h, n) > 32 * facts.sm_count else 16
     stages = 2 if m > 8 and weight_bytes == 0.5 else 3
     block_m = 8 if m <= 8 and facts.is_nvidia else 16
-    slices = 4 if weight_bytes == 0.5 else 8
-    block_k = 64 if weight_bytes == 2 else max(unit_k(d), unit_k(h))
+    slices = (4 if facts.is_nvidia else 2) if weight_bytes == 0.5 else 8  # AMD's shared memory holds no more
+    block_k = 64 if weight_bytes == 2 else 2 * max(unit_k(d), unit_k(h))
     programs = min(facts.sm_count, triton.cdiv(max(h, n), block_n))
-    config = FfnConfig(block_n, block_m, block_k, slices, stages, programs)
-    while config.stages > 2 and shared_memory_bytes(config, weight_bytes) > facts.shared_memory_bytes - 8192:
-        config = replace(config, stages=config.stages - 1)
-    return config
+    return fit_shared_memory(
+        FfnConfig(block_n, block_m, block_k, slices, stages, programs), block_k, facts, weight_bytes
+    )
 
 
 def _launch(kernel, config: FfnConfig, facts: DeviceFacts, x: Tensor, h: int, n: int, args: tuple, tail: tuple, **meta):
@@ -312,7 +320,7 @@ def _launch(kernel, config: FfnConfig, facts: DeviceFacts, x: Tensor, h: int, n:
         kernel[(config.programs,)](
             x, *args, hidden, y, counters(x.device, 2, "barrier"), m, d, h, n, x.stride(0), *tail,
             BLOCK_N=config.block_n, BLOCK_M=config.block_m, SLICES=config.slices, STAGES=config.stages,
-            USE_ASM=facts.is_nvidia, num_warps=config.slices, **meta,
+            USE_ASM=facts.is_nvidia, PDL=facts.has_pdl, num_warps=config.slices, **meta,
         )  # fmt: skip
     return y
 

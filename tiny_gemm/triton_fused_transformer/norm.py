@@ -11,10 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import device_guard
+from tiny_gemm.device import device_facts, device_guard, tensor_bytes
+from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
 
 
-@triton.jit
+def _norm_cost(grid, kernel, args) -> dict:
+    """Bytes and flops of one launch, for a launch hook."""
+    tensors = (t for name, t in args.items() if name.endswith("_ptr"))
+    return {"bytes": tensor_bytes(*tensors), "flops32": 5 * args["x_ptr"].numel()}
+
+
+@triton.jit(launch_metadata=_norm_cost)
 def _norm_kernel(
     x_ptr,  # [ROWS, D], rows stride_xm apart
     residual_ptr,  # [ROWS, D] contiguous, or None
@@ -27,7 +34,9 @@ def _norm_kernel(
     eps,
     SUBTRACT_MEAN: tl.constexpr,  # LayerNorm
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, BLOCK_D)
     mask = offs < D
@@ -76,5 +85,6 @@ def norm(
                 SUBTRACT_MEAN=subtract_mean,
                 BLOCK_D=triton.next_power_of_2(d),
                 num_warps=pick_num_warps(d),
+                **pdl_options(device_facts(x.device)),
             )
     return y, s
