@@ -1,6 +1,7 @@
 """The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
 
 import aot
+import interpreter
 import pytest
 import torch
 from conftest import assert_close
@@ -63,6 +64,24 @@ def test_reads_no_row_past_the_last_tile(m):
     x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
     y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
     assert_close(y, int4_gemm_ref(x, part))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(("k", "group_size"), [(576, 32), (640, 128), (1152, 64), (320, -1)], ids=str)
+def test_splits_of_k_are_added_in_one_order(k, group_size, symmetric):
+    """K that leaves the last of 4 splits little or nothing, an odd number of groups, and any order of arrival."""
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(33, k, generator=generator), group_size, symmetric=symmetric)
+    x = torch.randn(3, k, generator=generator).half()
+    config = triton_gemm.GemmConfig(32, 4, slices=0, splits=4, num_warps=1, stages=3)
+    args = weight.packed, weight.scales, weight.zeros, None, group_size, 33, config
+    ys = []
+    for seed in range(4):
+        with interpreter.shuffled(seed):
+            ys.append(triton_gemm.int4_gemm(x, *args))
+    assert_close(ys[0], int4_gemm_ref(x, weight))
+    assert all(torch.equal(y, ys[0]) for y in ys), "the order of arrival changed the bits"
 
 
 @pytest.mark.interp
@@ -191,3 +210,41 @@ def test_error_is_no_worse_than_cublas():
     error = lambda y: ((y.double() - oracle).norm() / oracle.norm()).item()  # noqa: E731
     ours = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 128, 4096)
     assert error(ours) <= error(x @ dequantize(weight, torch.bfloat16).T)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"), [(4096, 4096, 128), (2048, 14336, 128), (28672, 2048, 64), (960, 576, 32)], ids=str
+)
+def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
+    weight = quantize(torch.randn(n, k), group_size, symmetric=group_size != 32).to("cuda")
+    args = weight.packed, weight.scales, weight.zeros, None, group_size, n
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
+    whole = triton_gemm.int4_gemm(x, *args)
+    for m in (1, 2, 3, 4, 5, 8, 9):
+        assert torch.equal(triton_gemm.int4_gemm(x[:m], *args), whole[:m]), f"batch of {m}"
+    for _ in range(100):
+        assert torch.equal(triton_gemm.int4_gemm(x, *args), whole)
+
+
+@pytest.mark.gpu
+def test_each_kernel_of_a_chain_waits_for_the_one_before():
+    """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written. The first
+    input changes from replay to replay, so that a stale read shows."""
+    weights = [quantize(torch.randn(2048, 2048) / 45, 128).to("cuda") for _ in range(8)]
+    x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
+
+    def chain(y, wait=lambda: None):
+        for w in weights:
+            y = triton_gemm.int4_gemm(y, w.packed, w.scales, None, None, 128, 2048)
+            wait()
+        return y
+
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(50):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, chain(x.clone(), torch.cuda.synchronize))
