@@ -9,7 +9,8 @@
     python benchmark_fused_transformer.py --plot benchmarks/results/nvidia-h200
 
 Tables go to stdout, progress to stderr; the last line of stdout is one JSON object. Exit code 1: one of this project's
-own arms was wrong or failed. benchmarks/ has the parts, docs/benchmarks.md the method.
+own arms was wrong or failed, or a case could not be built; 2: a mistake in the arguments. benchmarks/ has the parts,
+docs/benchmarks.md the method.
 """
 
 import argparse
@@ -52,7 +53,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--load", type=Path, metavar="NEW", help="show, and compare, a result or a directory of them; measures nothing")
     add("--plot", type=Path, metavar="DIR", help="draw figures from the results in DIR; measures nothing")
     add("--git-sha", help="the commit, for a copy of the code that is no git checkout")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not (args.load or args.plot or torch.cuda.is_available()):
+        parser.error("--device cuda: torch finds no GPU here")
+    return args
 
 
 def positive(text: str) -> int:
@@ -65,26 +69,39 @@ def positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    if args.plot:
-        from benchmarks import plots
+    try:  # what is to be read, and where it is to be written: before anything is measured
+        if args.plot:
+            from benchmarks import plots
 
-        summary = {"plots": [str(path) for path in plots.draw(args.plot)]}
-        print(json.dumps(summary))
-        return 0
+            print(json.dumps({"plots": [str(path) for path in plots.draw(args.plot)]}))
+            return 0
+        before = [row for rows in load(args.compare).values() for row in rows] if args.compare else []
+        runs = load(args.load) if args.load else {}
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError, ImportError) as e:
+        return mistake(str(e))
+    summary = {}
     if args.load:
-        runs = {path.stem: results.load(path)[1] for path in result_files(args.load)}
         for name, rows in runs.items():
             report.show(console, name, rows)
-        summary = {}
     else:
         with torch.no_grad():
             runs, summary = run(args, console)
     rows = [row for run_rows in runs.values() for row in run_rows]
+    if not rows:
+        return mistake(f"no arm has a name like {' or '.join(args.impl)}")
     summary["suites"] = {name: digest(run_rows) for name, run_rows in runs.items()}
     if args.compare:
-        summary["compared"] = compare(console, rows, args.compare)
+        summary["compared"] = compare(console, rows, before, all_of_it=not args.compare.is_dir())
     print(json.dumps(summary))
-    return int(any(report.is_ours(row) and row.get("error", "").startswith(("failed", "refused")) for row in rows))
+    bad = [row for row in rows if row.get("error", "").startswith(("failed", "refused"))]
+    return int(any(report.is_ours(row) or row["impl"] == "case" for row in bad))
+
+
+def mistake(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
 
 
 def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict]], dict]:
@@ -105,14 +122,17 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict
     environment = results.environment(machine, args.git_sha)
     console.print(headline(environment), highlight=False, markup=False)
     out = args.out
-    if out is None and machine.is_cuda and not quick and args.impl == ["*"]:
+    whole = args.impl == ["*"] and args.dtype == "bfloat16" and not quick
+    if not args.mode and (args.batch_sizes or args.seq_lengths):
+        whole = False
+    if out is None and machine.is_cuda and whole:  # a part must not replace the whole's file
         out = results.DIRECTORY / results.slug(environment)
     runs, files = {}, []
     for suite in SUITES if "all" in args.suite else dict.fromkeys(args.suite):
         cases = SUITES[suite](options, machine)
         rows = []
         for case in progress(suite, cases):
-            if args.deadline and time.perf_counter() - begin > args.deadline:
+            if args.deadline is not None and time.perf_counter() - begin > args.deadline:
                 rows.append(case.row("case", error=f"not reached: {args.deadline:g} s had passed"))
             else:
                 rows += run_case(case, machine, args.impl)
@@ -173,13 +193,24 @@ def result_files(path: Path) -> Iterable[Path]:
     return [file for file in sorted(path.glob("*.json")) if file.stem.partition("-")[0] in SUITES]
 
 
-def compare(console: Console, rows: list[dict], old: Path) -> dict:
-    before = [row for path in result_files(old) for row in results.load(path)[1]]
-    changes = [change for change in results.compare(rows, before) if change.verdict != "new" or not old.is_dir()]
+def load(path: Path) -> dict[str, list[dict]]:
+    """The rows of each result in a directory, or of the one file."""
+    found = {file.stem: results.load(file)[1] for file in result_files(path)}
+    if not any(found.values()):
+        raise ValueError(f"{path} has no results")
+    return found
+
+
+def compare(console: Console, rows: list[dict], before: list[dict], all_of_it: bool) -> dict:
+    """Prints what moved; returns how often each verdict was found. all_of_it: rows without an older one, too."""
+    changes = [change for change in results.compare(rows, before) if all_of_it or change.verdict != "new"]
     console.print(report.change_table(changes))
     verdicts = [change.verdict for change in changes]
     return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # suites that had finished are saved
+        sys.exit(130)

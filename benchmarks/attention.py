@@ -36,6 +36,11 @@ def cases(options: Options, machine: Machine) -> list[Case]:
     decode = options.seq_lengths or ((64,) if options.quick else DECODE_LENGTHS)
     prefill = options.seq_lengths or ((96,) if options.quick else PREFILL_LENGTHS)
     batches = options.batch_sizes or ((1, 2) if options.quick else (1, 8))
+    if options.mode == "seq_length":
+        batches = batches[:1]
+    elif options.mode == "batch_size":
+        batches = options.batch_sizes or ((1, 2) if options.quick else (1, 2, 4, 8))
+        decode, prefill = options.seq_lengths[:1] or ((64,) if options.quick else (512,)), ()
     make = functools.partial(_case, machine, options)
     found = [make("decode", *shape, b, n) for shape in shapes for b in batches for n in decode]
     return found + [make("prefill", *shape, 1, n) for shape in shapes for n in prefill]

@@ -174,6 +174,8 @@ def _build(machine: Machine, model: str, b: int, n: int, dtype: torch.dtype, wal
 
 def _generate(transformer: Transformer, b: int, n: int) -> Start:
     """Samples of the Generator: STEPS tokens a row after a prompt of n - 1, what its own Stats say."""
+    if n < 2:
+        raise Absent("it needs a prompt of one token before the new one")
     generator = Generator(transformer, max_length=n + STEPS)
     prompts = torch.randint(transformer.config.vocab_size, (b, n - 1)).tolist()
     params = SamplingParams(max_new_tokens=STEPS + 1, stop_token_ids=())

@@ -126,6 +126,7 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
     flops, activations = 2 * m * k * n, (m * k + m * n) * x.element_size()
     dense_bytes = n * k * x.element_size() + activations
     int4_bytes = w.random.int4.nbytes + activations
+    peer_bytes = n * k // 2 + 4 * n * (k // group) + activations  # their scale and zero of a group: 16 bits each
 
     def over(copies: Callable[[], list], call: Callable) -> Callable:
         """An arm's calls: call(x, weight) for each copy of the weight, each with an x of its own."""
@@ -150,11 +151,11 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
     mm = torch.ops.aten._weight_int4pack_mm
     arms = [
         Arm("pytorch", over(lambda: w.dense, linear), dense_bytes, flops),
-        Arm("aten-int4", over(aten, lambda x, w: mm(x, w[0], group, w[1])), int4_bytes, flops),
+        Arm("aten-int4", over(aten, lambda x, w: mm(x, w[0], group, w[1])), peer_bytes, flops),
         Arm("tiny-gemm-int4", over(lambda: w.int4, ops.int4_gemm), int4_bytes, flops),
     ]
     if m in GEMLITE_ROWS and group == 128 and dtype == torch.bfloat16:
-        arms.insert(2, Arm("gemlite-int4", over(gemlite, lambda x, layer: layer(x)), int4_bytes, flops))
+        arms.insert(2, Arm("gemlite-int4", over(gemlite, lambda x, layer: layer(x)), peer_bytes, flops))
     if (k, n, m) in COMPILED and group == 128 and dtype == torch.bfloat16:
         arms.insert(1, Arm("torch.compile", dense_compiled, dense_bytes, flops))
     return Work(arms, lambda y: relative_error(y, oracle), BOUNDS[dtype])

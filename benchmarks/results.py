@@ -3,6 +3,7 @@
 import datetime
 import importlib.metadata
 import json
+import math
 import platform
 import re
 import subprocess
@@ -15,6 +16,8 @@ from benchmarks.timing import Machine
 
 DIRECTORY = Path(__file__).resolve().parent / "results"
 IDENTITY = ("suite", "model", "shape", "impl", "M", "B", "L", "K", "N", "group_size", "dtype")
+REQUIRED = ("suite", "model", "shape", "impl", "dtype")  # of every row
+TIMED = ("us", "us_p20", "us_p80", "floor_us", "roof_fraction")  # of every row that was timed: positive
 SMALLEST_CHANGE = 0.02  # of a time; less is noise, however narrow the percentiles
 
 
@@ -45,8 +48,9 @@ def slug(environment: dict) -> str:
 
 
 def save(path: Path, environment: dict, cases: list[dict]) -> None:
-    """One case a line, so that a diff of two runs can be read. An older file stays whole until it is replaced."""
-    rounded = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()} for row in cases]
+    """One case a line, so that a diff of two runs can be read. An older file stays whole until it is replaced. An
+    infinite max_rel_err, which JSON cannot say, becomes null: the row's error has it in words."""
+    rounded = [{k: _rounded(v) if isinstance(v, float) else v for k, v in row.items()} for row in cases]
     lines = ",\n".join("  " + json.dumps(row) for row in rounded)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".part")
@@ -54,13 +58,28 @@ def save(path: Path, environment: dict, cases: list[dict]) -> None:
     beside.replace(path)
 
 
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.5g}") if math.isfinite(value) else None
+
+
 def load(path: Path) -> tuple[dict, list[dict]]:
     """(environment, cases); a file that is not a result is a ValueError."""
     try:
-        data = json.loads(Path(path).read_text())
-        return data["environment"], data["cases"]
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        data = json.loads(Path(path).read_text(), parse_constant=_refuse_constant)
+        rows = data["cases"]
+        data["environment"].items()
+        for row in rows:
+            for key in REQUIRED if row["us"] is None else REQUIRED + TIMED:
+                row[key]
+            if row["us"] is not None and not all(0 < row[key] < math.inf for key in TIMED):
+                raise ValueError(f"a time or a floor of {row['impl']} is not a positive number")
+        return data["environment"], rows
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"{path} is not a benchmark result: {type(e).__name__}: {e}") from e
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number")
 
 
 @dataclass(frozen=True)

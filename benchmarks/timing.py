@@ -9,9 +9,11 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+from tiny_gemm.profiling import measure_roof
 
 ROTATION_BYTES = 300_000_000  # of copies, or four times L2 if that is more
 MAX_COPIES = 4096
@@ -47,13 +49,15 @@ class Machine:
 def measure_machine(device: torch.device) -> Machine:
     """Measures the roofs of `device`: 1 GiB read and an 8192 matrix product in bfloat16; on a CPU smaller ones."""
     on_gpu = device.type == "cuda"
-    floats, side = (2**28, 8192) if on_gpu else (2**24, 512)
-    buffer = torch.ones(floats, device=device)
+    roof = measure_roof(device)
+    if roof is None:
+        raise MemoryError(f"{device} has no room for the 1 GiB whose reading is the roof")
+    side = 8192 if on_gpu else 512
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
-    machine = Machine(device, l2, 1.0, 1.0)
-    read, product = measure([start_of([buffer.sum] * 3, machine), start_of([lambda: a @ b], machine)], machine)
-    return Machine(device, l2, 4 * floats / read.us / 1e3, 2 * side**3 / product.us / 1e6)
+    machine = Machine(device, l2, roof, 1.0)
+    (product,) = measure([start_of([lambda: a @ b], machine)], machine)
+    return replace(machine, roof_tflops=2 * side**3 / product.us / 1e6)
 
 
 @dataclass(frozen=True)
@@ -101,16 +105,26 @@ def start_of(calls: Sequence[Callable], machine: Machine) -> Start:
 
 
 def _start_graph(calls: Sequence[Callable]) -> Start:
-    once = call_us(calls[0], True)
-    calls = list(calls) * max(1, math.ceil(GRAPH_US / (len(calls) * once)))
-    graph = capture(calls)
+    calls = list(calls)
+    start = _replays(capture(calls), len(calls))
+    start()  # the first replay uploads the graph
+    read = start()
+    torch.cuda.synchronize()
+    repeats = math.ceil(GRAPH_US / max(read() * len(calls), 1.0))
+    if repeats > 1:
+        del start, read  # and the graph with them
+        calls *= repeats
+        start = _replays(capture(calls), len(calls))
+    return start
 
+
+def _replays(graph: torch.cuda.CUDAGraph, calls: int) -> Start:
     def start() -> Read:
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
         graph.replay()
         after.record()
-        return lambda: before.elapsed_time(after) * 1e3 / len(calls)
+        return lambda: before.elapsed_time(after) * 1e3 / calls
 
     return start
 
@@ -141,14 +155,13 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def call_us(call: Callable, on_gpu: bool) -> float:
-    """Wall time of one call, the wait for the device included: the better of two."""
+def call_us(call: Callable) -> float:
+    """Wall time of one call on a GPU, the wait for it included: the better of two."""
     best = math.inf
     for _ in range(2):
         begin = time.perf_counter()
         call()
-        if on_gpu:
-            torch.cuda.synchronize()
+        torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - begin) * 1e6)
     return best
 
@@ -156,7 +169,7 @@ def call_us(call: Callable, on_gpu: bool) -> float:
 def eager_cpu_us(calls: Sequence[Callable]) -> float:
     """What one eager call costs the host on a GPU: median of five runs of up to 64 calls without a wait in between."""
     runs = []
-    count = max(2, min(64, int(20_000 / call_us(calls[0], True))))
+    count = max(2, min(64, int(20_000 / call_us(calls[0]))))
     for _ in range(5):
         begin = time.perf_counter()
         for i in range(count):

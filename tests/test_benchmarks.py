@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import benchmark_fused_transformer as front_door
-from benchmarks import cases, decode, gemm, plots, presets, report, results, timing
+from benchmarks import attention, cases, decode, gemm, plots, presets, report, results, timing
 from benchmarks.cases import Absent, Arm, Case, Options, Work, relative_error, run_case
 from benchmarks.timing import Machine, Times, interleave
 
@@ -61,8 +61,8 @@ def test_floor_is_that_of_bytes_or_of_arithmetic():
 
 
 def test_a_graph_time_is_divided_by_its_calls(monkeypatch):
-    """The GPU's path with a graph that takes 7 us a call by a fake clock."""
-    captured = []
+    """The GPU's path with graphs that take 7 us a call by a fake clock."""
+    captured = []  # how many calls each graph has
 
     class Event:
         clock = 0.0
@@ -76,15 +76,22 @@ def test_a_graph_time_is_divided_by_its_calls(monkeypatch):
         def elapsed_time(self, later):
             return later.at - self.at
 
-    def replay():
-        Event.clock += 7e-3 * len(captured)  # milliseconds
+    def capture(calls):
+        captured.append(len(calls))
 
-    monkeypatch.setattr(timing, "capture", lambda calls: captured.extend(calls) or SimpleNamespace(replay=replay))
-    monkeypatch.setattr(timing, "call_us", lambda call, on_gpu: 60.0)
+        def replay():
+            Event.clock += 7e-3 * len(calls)  # milliseconds
+
+        return SimpleNamespace(replay=replay)
+
+    monkeypatch.setattr(timing, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     start = timing._start_graph([lambda: None] * 3)
-    assert len(captured) == 9, "three times three calls last 500 us"
+    assert captured == [3, 72], "24 times three calls last 500 us"
     assert interleave([start], 2) == [Times(*[pytest.approx(7.0)] * 3)]
+    timing._start_graph([lambda: None] * 100)
+    assert captured[2:] == [100], "long enough as it is"
 
 
 # -------------------------------------------------------------------------------------------------- checking an arm
@@ -129,6 +136,23 @@ def test_a_case_that_cannot_be_built_is_a_row():
     case = Case("norm", None, "none", {"dtype": "float32"}, lambda: 1 / 0)
     (row,) = run_case(case, CPU)
     assert row["error"] == "failed: ZeroDivisionError: division by zero" and SCHEMA <= row.keys()
+
+
+def test_an_arm_that_fails_only_when_it_is_sampled_fails_alone():
+    def sample(us):
+        def start():
+            if us is None:
+                raise ValueError("no prompt")
+            return lambda: us
+
+        return lambda: start
+
+    good = lambda: [lambda: torch.ones(1, 4)]  # noqa: E731
+    arms = [Arm("fails", good, 8, sample=sample(None)), Arm("works", good, 8, sample=sample(5.0))]
+    work = Work(arms, lambda out: relative_error(out, torch.ones(1, 4, dtype=torch.float64)), 1e-2)
+    fails, works = run_case(Case("norm", None, "x", {"dtype": "float32"}, lambda: work), CPU)
+    assert fails["us"] is None and fails["error"] == "failed: ValueError: no prompt"
+    assert works["us"] == 5.0 and works["timing"] == "wall" and "error" not in works
 
 
 def test_a_pattern_selects_arms():
@@ -207,6 +231,16 @@ def test_decode_sweeps_the_headline_of_the_first_model():
     assert [(case.facts["B"], case.facts["L"]) for case in swept] == [(1, 16), (1, 32)]
 
 
+def test_attention_sweeps_what_the_mode_says():
+    points = lambda **options: [  # noqa: E731
+        (case.shape.split()[0], case.facts["B"], case.facts["L"])
+        for case in attention.cases(Options(models=("tiny",), **options), CPU)
+    ]
+    assert points(mode="batch_size") == [("decode", b, 512) for b in (1, 2, 4, 8)]
+    swept = points(mode="seq_length", seq_lengths=(16, 32))
+    assert swept == [("decode", 1, 16), ("decode", 1, 32), ("prefill", 1, 16), ("prefill", 1, 32)]
+
+
 # -------------------------------------------------------------------------------------------------------------- results
 def row(impl="tiny-gemm-int4", us=10.0, spread=0.1, **facts) -> dict:
     facts = {"M": 1, "K": 64, "N": 64, "group_size": 32, "dtype": "bfloat16"} | facts
@@ -226,9 +260,66 @@ def test_results_survive_the_disk(tmp_path):
         "us": 1.2346, "us_p20": 1.1846, "us_p80": 1.2846, "roof_fraction": 4.05
     }  # fmt: skip
     assert not list(path.parent.glob("*.part"))
-    path.write_text("[]")
+    results.save(path, environment, [row(us=None) | {"max_rel_err": math.inf}])
+    assert results.load(path)[1][0]["max_rel_err"] is None, "JSON has no infinity"
+
+
+REFUSED = {
+    "list": "[]",
+    "no rows": '{"environment": {}}',
+    "rows of another schema": '{"environment": {}, "cases": [{"latency_ms": 1}]}',
+    "rows that are none": '{"environment": {}, "cases": {"a": 1}}',
+    "no environment": '{"environment": 1, "cases": []}',
+    "text": "Dear reader",
+    "bytes": b"\xff\xfe\x00",
+    "NaN": json.dumps({"environment": {}, "cases": [row(us=math.nan)]}),
+    "no time at all": json.dumps({"environment": {}, "cases": [row() | {"us": 0.0}]}),
+}
+
+
+@pytest.mark.parametrize("content", REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_no_result_is_refused(content, tmp_path, capsys):
+    path = tmp_path / "gemm.json"
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match="not a benchmark result"):
         results.load(path)
+    assert front_door.main(["--load", str(path)]) == 2
+    assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        pytest.param(["--load", "{tmp}/nowhere.json"], "No such file", id="load"),
+        pytest.param(["--load", "{tmp}"], "no results", id="empty"),
+        pytest.param(["--compare", "{tmp}/nowhere.json"], "No such file", id="compare"),
+        pytest.param(["--plot", "{tmp}"], "no results", id="plot"),
+        pytest.param(["--out", "{tmp}/file/out"], "Not a directory", id="out"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_measured(arguments, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(front_door, "measure_machine", lambda device: pytest.fail("it has begun to measure"))
+    (tmp_path / "file").write_text("")
+    assert front_door.main([a.format(tmp=tmp_path) for a in ["--suite", "norm", "--device", "cpu", *arguments]]) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "arguments, saved",
+    [([], True), (["--mode", "batch_size", "--batch-sizes", "2"], True), (["--batch-sizes", "2"], False),
+     (["--dtype", "float16"], False), (["--impl", "tiny*"], False), (["--quick"], False)],
+)  # fmt: skip
+def test_a_part_does_not_replace_the_whole_result(arguments, saved, tmp_path, monkeypatch, capsys):
+    """What is saved of a run on a GPU, without --out."""
+    facts = {"gpu": "G 1", "driver": "5", "clocks": None, "torch": "2", "triton": "3", "roof_gbps": 1, "roof_tflops": 1}
+    monkeypatch.setattr(front_door, "measure_machine", lambda device: Machine(torch.device("cuda", 0), 1, 4e3, 7e2))
+    monkeypatch.setattr(results, "environment", lambda machine, git_sha: facts)
+    monkeypatch.setattr(results, "DIRECTORY", tmp_path)
+    monkeypatch.setattr(front_door, "run_case", lambda case, *_: [case.row("tiny-gemm", error="absent: no")])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    assert front_door.main(["--suite", "norm", "--model", "tiny", "--device", "cpu", *arguments]) == 0
+    assert list((tmp_path / "g-1").glob("norm*.json")) != [] if saved else not (tmp_path / "g-1").exists()
 
 
 def test_a_gpu_has_a_directory():
@@ -328,6 +419,19 @@ def test_what_is_not_reached_is_a_row(tmp_path, capsys, monkeypatch):
     assert front_door.main(["--device", "cpu", "--suite", "norm", "--deadline", "1e-9", "--out", str(tmp_path)]) == 0
     _, rows = results.load(tmp_path / "norm.json")
     assert rows and all(r["error"].startswith("not reached: ") for r in rows)
+
+
+def test_a_case_that_cannot_be_built_is_exit_code_1(capsys, monkeypatch):
+    monkeypatch.setattr(front_door, "measure_machine", lambda device: CPU)
+    arguments = ["--device", "cpu", "--suite", "decode", "--model", "tiny", "--batch-sizes", "1"]
+    assert front_door.main([*arguments, "--seq-lengths", "3000"]) == 1
+    assert "max_length=3000" in capsys.readouterr().out
+
+
+def test_an_arm_that_nobody_has_is_a_mistake(capsys, monkeypatch):
+    monkeypatch.setattr(front_door, "measure_machine", lambda device: CPU)
+    assert front_door.main(["--device", "cpu", "--suite", "norm", "--impl", "nobody"]) == 2
+    assert "nobody" in capsys.readouterr().err
 
 
 def test_a_wrong_arm_of_ours_is_exit_code_1(tmp_path, capsys, monkeypatch):

@@ -258,7 +258,7 @@ def test_verdict(facts, kind, words):
         "NVIDIA H200": 4800, "NVIDIA H100 80GB HBM3": 3350, "NVIDIA H100 PCIe": 2000, "NVIDIA A100-SXM4-40GB": 1555,
         "NVIDIA A100-SXM4-80GB": 2039, "NVIDIA L4": 300, "NVIDIA L40S": 864, "NVIDIA GeForce RTX 4090": 1008,
         "Tesla T4": 320, "NVIDIA RTX A4000": None, "NVIDIA RTX A1000": None, "NVIDIA H2000": None,
-        "NVIDIA GeForce RTX 4090 Laptop GPU": None, "Something": None,
+        "NVIDIA GeForce RTX 4090 Laptop GPU": None, "NVIDIA GeForce RTX 3080 Ti": None, "Something": None,
     }.items(),
 )  # fmt: skip
 def test_datasheet(name, gbps):
@@ -277,6 +277,13 @@ OP_COSTS = {
     "expanded input": ("aten::mul", [[4, 8], [4, 8]], [F32] * 2, [[8, 1], [0, 1]], (4 * (32 + 8 + 32), 0)),
     "in place": ("aten::mul_", [[4, 8], [4, 8]], [BF16, F32], None, (32 * 2 + 32 * 4 + 32 * 2, 0)),
     "comparison": ("aten::lt", [[8], [8]], ["long int"] * 2, None, (8 * 16 + 8, 0)),
+    "aten's INT4 product": (
+        "aten::_weight_int4pack_mm",
+        [[1, 4096], [512, 32, 32, 4], [], [32, 4096, 2]],
+        [BF16, "int", "Scalar", BF16],
+        None,
+        (2 * 4096 + 4096 * 4096 / 2 + 2 * 32 * 4096 * 2 + 2 * 4096, 2 * 4096 * 4096),
+    ),
     "copy converts": ("aten::copy_", [[8], [8], []], [F32, BF16, "Scalar"], None, (8 * 4 + 8 * 2, 0)),
     "fill": ("aten::fill_", [[8], []], [F32, "Scalar"], None, (32, 0)),
     "reduction": ("aten::mean", [[4, 8], [], [], []], [F32, "", "", ""], None, (128, 0)),
@@ -421,6 +428,11 @@ DAMAGED = {
     "malformed event": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "k"}]}', "malformed"),
     "malformed time": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "k", "ts": "soon"}]}', "malformed"),
     "malformed args": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "args": [1]}]}', "malformed"),
+    "time is NaN": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "k", "ts": NaN}]}', "malformed"),
+    "endless": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "dur": Infinity}]}', "malformed"),
+    "costs of another kind": ('{"tiny_gemm": {"costs": [{}]}, "traceEvents": []}', "'tiny_gemm' entry is malformed"),
+    "roof in words": ('{"tiny_gemm": {"roof_gbps": "fast"}, "traceEvents": []}', "'tiny_gemm' entry is malformed"),
+    "no facts": ('{"tiny_gemm": 7, "traceEvents": []}', "'tiny_gemm' entry is malformed"),
     "huge number": ('{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "args": {"stream": 1e99}}]}', "malformed"),
     "nothing inside": ('{"traceEvents": []}', "neither kernels nor CPU ops"),
     "no events at all": ("{}", "neither kernels nor CPU ops"),
@@ -696,6 +708,52 @@ def test_costs_of_a_step_of_a_model(tmp_path):
 
 def test_measure_roof_is_plausible():
     assert 0.1 < profiling.measure_roof(torch.device("cpu")) < 5000
+
+
+def test_the_roof_of_a_gpu_is_the_median_of_its_fastest_read(monkeypatch):
+    """The path of a GPU by a fake clock: a GiB in 250, 300 and 280 us, each with one run that was disturbed."""
+    clock, runs, ready = [0.0], {}, []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = clock[0]
+
+        def elapsed_time(self, later):
+            assert ready, "a time may be read only after the device has finished"
+            return later.at - self.at
+
+    def read(us):
+        def call(data):
+            runs[us] = runs.get(us, 0) + 1
+            clock[0] += 1e-3 * (us if runs[us] % 7 else 10 * us)  # milliseconds
+
+        return call
+
+    class Data:
+        is_cuda, nbytes = True, 2**30
+
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype, device: Data())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: ready.append(True))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(record, "READS", (read(300.0), read(250.0), read(280.0)))
+    assert profiling.measure_roof(torch.device("cuda")) == round(2**30 / 250e-6 / 1e9, 1)
+
+
+def test_a_negative_duration_and_odd_device_facts_do_no_harm(tmp_path):
+    b = TraceBuilder({**H200, "numSms": "many", "id": 0})
+    b.kernel("k", 0.0, 10.0)
+    b.kernel("unfinished", 20.0, -5.0)
+    b.kernel("k", 30.0, 10.0)
+    report = report_of(b, tmp_path)
+    assert report.step.step_us == 40.0 and report.step.busy_fraction == pytest.approx(0.5)
+    assert rows_of(report)["k"].waves is None and rows_of(report)["unfinished"].total_us == 0.0
+    b = TraceBuilder({**H200, "id": [0]})
+    b.kernel("k", 0.0, 10.0)
+    assert report_of(b, tmp_path).device == "unknown GPU"
 
 
 @pytest.mark.parametrize("draw", ["roofline", "timeline"])

@@ -64,6 +64,7 @@ def test_roof_of_ones_own(trace):
 def test_mistakes_are_one_line(checkpoint, trace, tmp_path):
     refused(run("--trace", tmp_path / "nowhere"), "nowhere", "does not exist")
     refused(run(checkpoint, "--trace", trace), "--trace", "MODEL")
+    refused(run("--trace", trace, "--tokens", 3, "--context", 9), "--context, --tokens", "MODEL")
     refused(run("--trace", trace, "--roof-gbps", -1), "roof_gbps=-1")
     refused(run("--trace", trace, "--against", checkpoint), "directory without")
     refused(run(checkpoint, "--device", "cpu", "--tokens", 0), "0", "1 or more")

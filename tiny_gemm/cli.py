@@ -241,8 +241,12 @@ def profile(
             output.check_replaceable(out)
         missing = []
         if trace is not None:
-            if context.get_parameter_source("model").name == "COMMANDLINE":
-                raise ValueError("--trace reads a file and MODEL is run: give one of the two")
+            of_a_run = {"model": "MODEL", "cached": "--context"} | {
+                name: f"--{name}" for name in ("prompt", "tokens", "device", "dtype", "quantize")
+            }
+            given = [o for n, o in of_a_run.items() if context.get_parameter_source(n).name == "COMMANDLINE"]
+            if given:
+                raise ValueError(f"--trace reads a file and runs no MODEL: leave out {', '.join(given)}")
             report = profiling.analyse(profiling.read_trace(trace), roof_gbps=roof_gbps)
             if out is not None:
                 with output.beside(out) as directory:

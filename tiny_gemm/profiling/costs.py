@@ -71,6 +71,9 @@ def _aten_cost(op: str, dims: list, types: list[str], strides: list) -> tuple[fl
         case "_weight_int4pack_mm_for_cpu":
             n, k = dims[1][0], dims[0][1]
             return read(0) + read(1) + read(3) + dims[0][0] * n * item(0), 2.0 * dims[0][0] * n * k
+        case "_weight_int4pack_mm":  # packed int32 [N / 8, K / (16 t), 32, t / 2]
+            n, k = 8 * dims[1][0], dims[0][1]
+            return read(0) + read(1) + read(3) + dims[0][0] * n * item(0), 2.0 * dims[0][0] * n * k
         case "copy_":
             return read(1) + prod(dims[0]) * item(0), 0.0
         case "embedding":

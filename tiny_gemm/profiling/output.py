@@ -1,6 +1,7 @@
 """What a profile leaves on disk: report, figures and TensorBoard log, in a directory that appears when it is whole."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -113,6 +114,6 @@ def as_text(report: Report, width: int = 132) -> str:
     """The report's table as plain text."""
     from rich.console import Console
 
-    console = Console(width=width, color_system=None, file=open(os.devnull, "w"), record=True)
+    console = Console(width=width, color_system=None, file=io.StringIO())
     console.print(report.table())
-    return console.export_text()
+    return console.file.getvalue()

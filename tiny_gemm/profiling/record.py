@@ -11,12 +11,15 @@ What a kernel must move and compute cannot be seen in a trace. Kernels that decl
 the trace, so that the same report can be had from the file later.
 """
 
+import functools
 import os
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ from tiny_gemm.profiling.trace import add_metadata, read_trace
 
 WARM_UP_STEPS = 3
 RECORDED_STEPS = 16
+READS = (torch.sum, torch.amax, functools.partial(torch.sum, dim=1))  # kernels that only read, in effect
 
 
 class profile:  # noqa: N801 - a context manager, as torch.profiler.profile is
@@ -148,37 +152,38 @@ def processor(device: torch.device) -> str:
 
 
 def measure_roof(device: torch.device) -> float | None:
-    """GB/s of a streaming read of 1 GiB (256 MiB on a CPU), the best of two kernels and ten runs each; None where the
-    device has no room for it."""
+    """GB/s of a streaming read of 1 GiB (256 MiB on a CPU): the median run of the fastest of READS. None where the
+    device has no room for it. The harness in benchmarks/ takes its roof from here, too."""
     on_gpu = device.type == "cuda"
     try:
-        data = torch.zeros(2**28 if on_gpu else 2**26, dtype=torch.float32, device=device)
+        data = torch.ones(2**14 if on_gpu else 2**12, 2**14, dtype=torch.float32, device=device)
     except torch.OutOfMemoryError:
         return None
-    best = float("inf")
-    for read in (torch.sum, torch.amax):
-        read(data)
-        for _ in range(10 if on_gpu else 4):
-            best = min(best, _time_once(read, data))
     n_bytes = data.nbytes
+    best = min(statistics.median(_read_times(read, data)) for read in READS)
     del data
     if on_gpu:
         torch.cuda.empty_cache()  # or torch would keep the room
     return round(n_bytes / best / 1e9, 1)
 
 
-def _time_once(function, data: torch.Tensor) -> float:
-    """Seconds on the tensor's device."""
+def _read_times(read: Callable, data: torch.Tensor) -> list[float]:
+    """Seconds of each run, after a warm-up. On a GPU all runs are queued before the first is waited for: each read is
+    far longer than its launch, so that no time of the host's is counted."""
+    read(data)
     if not data.is_cuda:
-        start = time.perf_counter()
-        function(data)
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    function(data)
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+        marks = [time.perf_counter()]
+        for _ in range(5):
+            read(data)
+            marks.append(time.perf_counter())
+        return [after - before for before, after in pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(21)]
+    events[0].record()
+    for event in events[1:]:
+        read(data)
+        event.record()
+    torch.cuda.synchronize()
+    return [before.elapsed_time(after) / 1e3 for before, after in pairwise(events)]
 
 
 @contextmanager

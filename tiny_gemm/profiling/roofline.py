@@ -68,7 +68,7 @@ _DATASHEETS = (
 
 def datasheet(device_name: str) -> Ceiling | None:
     """The datasheet's figures for a device by its name, or None: an unknown device is not guessed at."""
-    if re.search(r"laptop|max-q|mig ", device_name, re.IGNORECASE):
+    if re.search(r"laptop|max-q|mig |\bti\b|super", device_name, re.IGNORECASE):
         return None
     for key, ceiling in _DATASHEETS:
         if re.search(rf"\b{key}\b", device_name, re.IGNORECASE):

@@ -140,9 +140,11 @@ def comparison(before: "Report", after: "Report") -> Table:
         cells = ["-" if v is None else form.format(v) for v in (old, new)]
         table.add_row(what, *cells, f"{old / new:.2f}x" if ratio and old and new else "")
 
+    if before.processor != after.processor:
+        table.add_row(f"({before.processor.upper()} before, {after.processor.upper()} after: not of one kind)")
     a, b = before.step, after.step
     line("time, us", a.step_us, b.step_us)
-    line("tokens/s", a.tokens_per_s, b.tokens_per_s)
+    line("tokens/s", a.tokens_per_s, b.tokens_per_s, ratio=False)  # it would read the other way round
     line("busy", a.busy_fraction, b.busy_fraction, "{:.0%}", ratio=False)
     line("idle, us", a.idle_us, b.idle_us)
     line("kernels" if before.processor == "gpu" else "calls", a.kernels, b.kernels, "{:,.0f}")

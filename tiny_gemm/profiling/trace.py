@@ -9,6 +9,7 @@ devices' properties, and what tiny_gemm wrote into the trace itself (METADATA_KE
 import gzip
 import io
 import json
+import math
 import os
 import re
 import tempfile
@@ -247,14 +248,19 @@ def read_trace(path: str | Path) -> Trace:
 
     def on_metadata(key: str, value) -> None:
         if key == "deviceProperties" and isinstance(value, list):
-            devices.update({d.get("id", i): d for i, d in enumerate(value) if isinstance(d, dict)})
-        elif key == METADATA_KEY and isinstance(value, dict):
-            metadata.update(value)
+            for i, device in enumerate(value):
+                if isinstance(device, dict) and isinstance(number := device.get("id", i), int):
+                    devices[number] = {k: v for k, v in device.items() if k == "name" or isinstance(v, int)}
+        elif key == METADATA_KEY:
+            try:
+                metadata.update(_checked(value))
+            except (KeyError, TypeError, ValueError, AttributeError) as e:
+                raise scanner.error(f"its {METADATA_KEY!r} entry is malformed ({e!r})") from None
 
     def on_kernel(kind: str, event: dict, args: dict) -> None:
         grid, block = _three(args.get("grid")), _three(args.get("block"))
         kernels.add(
-            float(event["ts"]), float(event.get("dur", 0)), names[str(event.get("name"))], KINDS.index(kind),
+            *_when(event), names[str(event.get("name"))], KINDS.index(kind),
             _whole(args.get("device")), _whole(args.get("stream")), *grid, *block,
             _whole(args.get("registers per thread")), _whole(args.get("shared memory")),
             _whole(args.get("correlation"), -1), _whole(args.get("External id", args.get("external id")), -1),
@@ -271,7 +277,7 @@ def read_trace(path: str | Path) -> Trace:
             str(event.get("name")), args.get("Input Dims"), args.get("Input type"), args.get("Input Strides")
         )
         ops.add(
-            float(event["ts"]), float(event.get("dur", 0)), names[str(event.get("name"))],
+            *_when(event), names[str(event.get("name"))],
             threads[event.get("pid"), event.get("tid")], _whole(args.get("External id"), -1),
             *(cost or (_NOTHING, _NOTHING)),
         )  # fmt: skip
@@ -290,9 +296,10 @@ def read_trace(path: str | Path) -> Trace:
                     on_op(event, args)
                 elif category in LAUNCH_CATEGORIES:
                     if (correlation := _whole(args.get("correlation"), -1)) > 0:
-                        launches.add(correlation, float(event["ts"]))
+                        launches.add(correlation, _when(event)[0])
                 elif STEP_NAME.match(str(event.get("name"))):
-                    span = Span(event["name"], float(event["ts"]), float(event["ts"]) + float(event.get("dur", 0)))
+                    start, duration = _when(event)
+                    span = Span(event["name"], start, start + duration)
                     (gpu_steps if category.startswith("gpu") else steps).append(span)
             except (KeyError, TypeError, AttributeError, OverflowError) as e:
                 raise scanner.error(f"an event of category {category!r} is malformed ({e!r})") from None
@@ -302,6 +309,26 @@ def read_trace(path: str | Path) -> Trace:
         str(path), list(names), kernels.sorted("start"), ops.sorted("start"), launches.sorted("correlation"),
         sorted(steps, key=lambda s: s.start), sorted(gpu_steps, key=lambda s: s.start), devices, metadata,
     )  # fmt: skip
+
+
+def _when(event: dict) -> tuple[float, float]:
+    """Start and duration; a negative duration, which some profilers write for what they did not see end, is 0."""
+    start, duration = float(event["ts"]), float(event.get("dur", 0))
+    if not (math.isfinite(start) and math.isfinite(duration)):
+        raise ValueError(f"it begins at {start} and lasts {duration}")
+    return start, max(duration, 0.0)
+
+
+def _checked(metadata: dict) -> dict:
+    """What add_metadata wrote, if it still is that: an error where a report could not be made of it."""
+    for key in ("roof_gbps", "step_bytes", "tokens_per_step", "unprofiled_step_us"):
+        if not 0 <= (metadata.get(key) or 0) < math.inf:
+            raise ValueError(f"{key} is {metadata[key]}")
+    for cost in metadata.get("costs", ()):
+        cost["name"].upper(), cost.get("op")
+        if len(cost["grid"]) != 3 or not all(0 <= (cost[key] or 0) < math.inf for key in ("bytes", "flops")):
+            raise ValueError(f"{cost} is no cost")
+    return metadata
 
 
 def _whole(value, default: int = 0) -> int:
