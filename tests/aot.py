@@ -67,6 +67,7 @@ class Compiled:
     shared_memory: int
     instructions: dict[str, int] = field(default_factory=dict)
     assembly: str = field(default="", repr=False)
+    tensor_memory: int = 0  # columns, on sm_100
 
     def count(self, *names: str) -> int:
         """How many instructions of these kinds there are; the names are the keys of the pattern tables above."""
@@ -111,13 +112,20 @@ def compile_kernel(
         triton.knobs.compilation.disable_line_info = True  # tools that read the binary take half as long
         binary = triton.compile(source, target=_gpu_target(target), options=options)
     inspect = _inspect_amd if target.startswith("gfx") else _inspect_nvidia
-    return Compiled(kernel.__name__, target, shared_memory=binary.metadata.shared, **inspect(binary))
+    return Compiled(
+        kernel.__name__,
+        target,
+        shared_memory=binary.metadata.shared,
+        tensor_memory=getattr(binary.metadata, "tmem_size", 0),
+        **inspect(binary),
+    )
 
 
 def check(compiled: Compiled, *, tensor_cores: bool = True, vector_loads: bool = True, may_spill: bool = False) -> None:
     """Asserts shared memory within the target's limit, no spills, tensor-core instructions and 128-bit loads."""
     limit = SHARED_MEMORY_LIMIT[compiled.target]
     assert compiled.shared_memory <= limit, f"{compiled}: more shared memory than {limit} bytes"
+    assert compiled.tensor_memory <= 512, f"{compiled}: more tensor memory than 512 columns"
     assert may_spill or compiled.spills == 0, f"{compiled}: registers spilled"
     assert not tensor_cores or compiled.count(*_TENSOR_CORE_INSTRUCTIONS), f"{compiled}: no tensor-core instruction"
     assert not vector_loads or compiled.count(*_VECTOR_LOADS), f"{compiled}: no 128-bit load"

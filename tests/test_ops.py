@@ -13,7 +13,7 @@ import torch
 from conftest import assert_close
 
 from tiny_gemm import ops, reference
-from tiny_gemm.quantize_utils import Int4Weight, quantize
+from tiny_gemm.quantize_utils import Int4Weight, dequantize, quantize
 
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float16]
@@ -297,6 +297,26 @@ def test_writing_to_a_weight_shows():
     before = ops.int4_gemm(x, weight)
     weight.scales.mul_(2)
     assert_close(ops.int4_gemm(x, weight), 2 * before.double(), factor=2)
+
+
+@pytest.mark.parametrize("h", [16, 33, 48, 64, 96, 128, 200])
+def test_gated_int4_ffn_of_any_hidden_size_on_a_cpu(h):
+    """Gate and up are one ATen call only where ATen's packed order of the two is the one order after the other."""
+    up, gate = int4(h, 64, 32, False), int4(h, 64, 32, False, seed=1)
+    down = quantize(randn(64, h, seed=2), -1)
+    x = randn(2, 64, dtype=torch.bfloat16)
+    y = ops.int4_ffn(x, up, None, down, None, gate, activation="silu")
+    h_up, h_gate = (torch.nn.functional.linear(x.double(), dequantize(w).double()) for w in (up, gate))
+    expected = torch.nn.functional.linear(torch.nn.functional.silu(h_gate) * h_up, dequantize(down).double())
+    assert ((y.double() - expected).norm() / expected.norm()).item() < 0.02
+
+
+def test_the_default_device_does_not_matter():
+    weight, x = int4(16, 64, 32, True), randn(1, 64, dtype=torch.bfloat16)
+    expected = ops.int4_gemm(x, int4(16, 64, 32, True))
+    with torch.device("meta"):
+        inside = ops.int4_gemm(x, weight)  # packs the weight for ATen
+    assert torch.equal(inside, expected) and torch.equal(ops.int4_gemm(x, weight), expected)
 
 
 def test_another_k_for_the_same_integers():

@@ -95,8 +95,8 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tens
     """y = x @ W.T + bias with the packed weight W [N, K] dequantized inside the kernel.
 
     x: [..., K], bfloat16 or float16 (on CPU also float32, which is exact up to float32 rounding). bias: [N], x's dtype.
-    Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and a row has the same bits alone
-    as in a batch of 8.
+    Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and on a GPU a row has the same
+    bits alone as in a batch of up to 16.
     """
     args = x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.out_features
     if bias is None and _is_plain_cpu(x) and _is_ready_on_cpu(weight, x.shape[-1:]):
@@ -158,6 +158,8 @@ def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 
 ATEN_INT4_ROWS = 64  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
 
+ATEN_INT4_BLOCK = 64  # rows that its order packs together, at most; a last block of fewer is packed in another way
+
 
 def _takes_aten_int4(x: Tensor, group_size: int) -> bool:
     return x.dtype == torch.bfloat16 and group_size != -1 and x.numel() <= ATEN_INT4_ROWS * x.shape[-1]
@@ -199,8 +201,8 @@ def _aten_pack(weight: Int4Weight) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
     tiles, step = weight.packed.shape[0], 4
     padded_n = tiles * TILE_N
-    integers = torch.empty(padded_n, k // 2, dtype=torch.uint8)
-    scales_and_offsets = torch.empty(k // weight.group_size, padded_n, 2, dtype=torch.bfloat16)
+    integers = torch.empty(padded_n, k // 2, dtype=torch.uint8, device="cpu")
+    scales_and_offsets = torch.empty(k // weight.group_size, padded_n, 2, dtype=torch.bfloat16, device="cpu")
     for tile in range(0, tiles, step):
         part, rows = slice(tile, tile + step), slice(tile * TILE_N, min(tile + step, tiles) * TILE_N)
         zeros = None if weight.zeros is None else weight.zeros[part]
@@ -392,7 +394,8 @@ def _int4_ffn_composed(
 ):  # fmt: skip
     gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
     act = reference.ACTIVATIONS[activation]
-    if wg_packed is not None and not x.is_cuda and b1 is None and _takes_aten_int4(x, group_size1):
+    stackable = w1_packed.shape[0] * TILE_N % ATEN_INT4_BLOCK == 0
+    if wg_packed is not None and stackable and not x.is_cuda and b1 is None and _takes_aten_int4(x, group_size1):
         w1, wg = (w1_packed, w1_scales, w1_zeros), (wg_packed, wg_scales, wg_zeros)
         up, gate = _aten_int4_mm(x.reshape(-1, x.shape[-1]), [w1, wg], group_size1, hidden)
         h = act(gate).mul_(up).view(*x.shape[:-1], hidden)
@@ -623,7 +626,7 @@ def _fused_attention_cpu(q, k, v, *, causal=False, scale=None, dropout_p=0.0, se
     rows = q.reshape(b, kv_heads, q_heads // kv_heads * lq, d)
     mask = None
     if causal and lq > 1:
-        mask = torch.ones(lq, lk, dtype=torch.bool).tril(lk - lq).repeat(q_heads // kv_heads, 1)
+        mask = torch.ones(lq, lk, dtype=torch.bool, device=q.device).tril(lk - lq).repeat(q_heads // kv_heads, 1)
     y = F.scaled_dot_product_attention(rows, k, v, attn_mask=mask, scale=scale)
     if mask is not None and lq > lk:
         y = y.masked_fill(~mask.any(-1, keepdim=True), 0.0)

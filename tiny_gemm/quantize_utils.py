@@ -307,7 +307,7 @@ def read_header(path: str | Path, metadata: Mapping[str, str]) -> dict[str, tupl
     if metadata.get("format") != FORMAT_NAME:
         raise ValueError(f"{path}: its format is {metadata.get('format')!r}, not {FORMAT_NAME!r}")
     if (version := metadata.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(f"{path}: format version {version!r}, this reads {FORMAT_VERSION!r}")
+        raise ValueError(f"{path}: format version {version!r}, this reads {FORMAT_VERSION!r}: quantize again")
     int4 = {}
     try:
         for name, facts in json.loads(metadata["int4"]).items():

@@ -413,7 +413,7 @@ def fit_shared_memory(config, block_k: int, facts: DeviceFacts, weight_bytes: fl
     return config
 
 
-def pick_config(m: int, n: int, k: int, group_size: int, facts: DeviceFacts) -> GemmConfig:
+def pick_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> GemmConfig:
     """The configuration for x [m, k] and W [n, k]. Within the decode sizes slices and splits of K do not depend on m,
     so that a row's sums are added in one order whatever its batch."""
     # Swept on an H200, 2026-11-22, M = 1 to 16: see docs/notes/int4-gemm.md.
@@ -427,12 +427,13 @@ def pick_config(m: int, n: int, k: int, group_size: int, facts: DeviceFacts) -> 
         block_m = max(narrowest, triton.next_power_of_2(m))
         stages = 4 if block_m == 16 else 3
         if n * k <= SLICED_WEIGHTS:
-            slices = 4 if k <= 4096 else 8
+            slices = 8 if k > 4096 and facts.is_nvidia else 4  # AMD's shared memory holds no more
             return fit_shared_memory(GemmConfig(16, block_m, slices, 1, slices, stages), step, facts)
         splits = _splits(8 * facts.sm_count // triton.cdiv(n, 32), steps)
         block_n = 32 if block_m == 2 else 64
         return fit_shared_memory(GemmConfig(block_n, block_m, 0, splits, block_n // 32, stages), step, facts)
-    block_m = 64 if m > 32 else 32
+    # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
+    block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
     splits = _splits(2 * facts.sm_count // (triton.cdiv(n, 64) * triton.cdiv(m, block_m)), steps)
     return fit_shared_memory(GemmConfig(64, block_m, 0, splits, num_warps=4, stages=3), step, facts)
 
@@ -443,6 +444,13 @@ def _splits(wanted: int, steps: int) -> int:
     while 2 * splits <= min(wanted, steps // 2, 8):
         splits *= 2
     return splits
+
+
+def check_aligned(**tensors: Tensor | None) -> None:
+    """ValueError unless the parts of a packed weight lie as the kernels load them, 16 bytes at a time."""
+    for name, t in tensors.items():
+        if t is not None and t.data_ptr() % 16:
+            raise ValueError(f"{name} begins at address {t.data_ptr():#x}; it must be aligned to 16 bytes: clone() it")
 
 
 def pdl_options(facts: DeviceFacts) -> dict:
@@ -468,11 +476,12 @@ def int4_gemm(
     if x.stride(1) != 1:
         x = x.contiguous()
     bias = None if bias is None else bias.contiguous()
+    check_aligned(packed=packed, scales=scales, zeros=zeros)
     y = x.new_empty(m, n)
     if m == 0:
         return y
     facts = device_facts(x.device)
-    config = config or pick_config(m, n, k, group_size, facts)
+    config = config or pick_config(m, n, k, group_size, zeros is None, facts)
     blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
     meta = {
         "BLOCK_N": config.block_n,

@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, device_guard, tensor_bytes
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_gemm import fit_shared_memory, int4_tile, store_tile
+from tiny_gemm.triton_gemm import check_aligned, fit_shared_memory, int4_tile, store_tile
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
 MAX_REGISTERS = 255  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
@@ -378,6 +378,8 @@ def int4_ffn(
 ) -> Tensor:
     """x [M <= 16, d] through Int4Weights given by their parts -> [M, out_features]; see ops.int4_ffn."""
     x, b1, b2 = _check(x, b1, b2)
+    check_aligned(w1_packed=w1_packed, w1_scales=w1_scales, w1_zeros=w1_zeros, w2_packed=w2_packed)
+    check_aligned(w2_scales=w2_scales, w2_zeros=w2_zeros, wg_packed=wg_packed, wg_scales=wg_scales, wg_zeros=wg_zeros)
     m, d = x.shape
     facts = device_facts(x.device)
     config = config or pick_config(m, d, hidden, out_features, 0.5, facts)
