@@ -142,8 +142,8 @@ def compile_gemm(target, name, dtype="bf16"):
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
     # A unit of 64 columns is 32 bytes a row: on AMD the compiler splits that into narrower loads.
-    # With zeros and two units at a time ptxas spills six registers of 128 on Ampere; let use 255 it takes 180, and fewer
-    # blocks fit an SM.
+    # With zeros and two units at a time ptxas spills six registers of 128 on Ampere; allowed 255 it takes 180,
+    # and fewer blocks fit an SM.
     compiled = compile_gemm(target, name)
     few_spills = name == "prefill-g128-zeros" and target in ("sm_80", "sm_86", "sm_89") and compiled.spills <= 6
     aot.check(compiled, vector_loads=not (target == "gfx942" and "g32" in name), may_spill=few_spills)
