@@ -106,7 +106,7 @@ def start_of(calls: Sequence[Callable], machine: Machine) -> Start:
 
 def _start_graph(calls: Sequence[Callable]) -> Start:
     calls = list(calls)
-    start = _replays(capture(calls), len(calls))
+    start = _replays(capture(calls), calls)
     start()  # the first replay uploads the graph
     read = start()
     torch.cuda.synchronize()
@@ -114,17 +114,19 @@ def _start_graph(calls: Sequence[Callable]) -> Start:
     if repeats > 1:
         del start, read  # and the graph with them
         calls *= repeats
-        start = _replays(capture(calls), len(calls))
+        start = _replays(capture(calls), calls)
     return start
 
 
-def _replays(graph: torch.cuda.CUDAGraph, calls: int) -> Start:
+def _replays(graph: torch.cuda.CUDAGraph, calls: list[Callable]) -> Start:
+    """The graph's replays, which read the memory of the calls' inputs: they must live as long."""
+
     def start() -> Read:
         before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         before.record()
         graph.replay()
         after.record()
-        return lambda: before.elapsed_time(after) * 1e3 / calls
+        return lambda: before.elapsed_time(after) * 1e3 / len(calls)
 
     return start
 

@@ -1,7 +1,9 @@
 """The benchmark harness: how arms are checked and timed, the results' schema, comparison, figures, the front door."""
 
+import functools
 import json
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +94,20 @@ def test_a_graph_time_is_divided_by_its_calls(monkeypatch):
     assert interleave([start], 2) == [Times(*[pytest.approx(7.0)] * 3)]
     timing._start_graph([lambda: None] * 100)
     assert captured[2:] == [100], "long enough as it is"
+
+
+def test_inputs_live_as_long_as_the_graph_that_reads_them(monkeypatch):
+    monkeypatch.setattr(timing, "capture", lambda calls: SimpleNamespace(replay=lambda: None))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    event = SimpleNamespace(record=lambda: None, elapsed_time=lambda later: 1.0)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    x = torch.ones(1)
+    alive = weakref.ref(x)
+    start = timing._start_graph([functools.partial(torch.neg, x)])
+    del x
+    assert alive() is not None
+    del start
+    assert alive() is None
 
 
 # -------------------------------------------------------------------------------------------------- checking an arm
