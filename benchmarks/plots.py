@@ -165,7 +165,7 @@ def _by_shape(rows: list[dict], colours, value: Callable, title: str, limits: tu
                 x = value(case, row)
                 if x is None:
                     continue
-                colour, marker = MARKS[row["impl"]]
+                colour, marker = MARKS.get(row["impl"], (4, "x"))
                 y = names.index(_shape(case))
                 seen[row["impl"]] = axis.scatter(
                     x, y, color=colours[colour], marker=marker, s=28, label=row["impl"], zorder=3

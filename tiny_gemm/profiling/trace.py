@@ -389,7 +389,7 @@ def trim(source: str | Path, destination: str | Path, steps: int = 3) -> int:
     with _scan(source) as scanner, _write_gzip(destination) as out:
         out.write(json.dumps(top)[:-1] + ', "traceEvents": [\n')
         for event in scanner.events(lambda key, value: None):
-            if not isinstance(event, dict) or event.get("ph") != "X":
+            if not isinstance(event, dict) or event.get("ph") != "X" or "ts" not in event:
                 continue
             category, args, ts = str(event.get("cat", "")).lower(), event.get("args") or {}, float(event["ts"])
             if category in GPU_CATEGORIES:
