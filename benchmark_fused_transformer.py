@@ -137,11 +137,11 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict
             else:
                 rows += run_case(case, machine, args.impl)
         runs[suite] = rows
-        release(machine)
         report.show(console, suite, rows)
         if out is not None:
             files.append(out / f"{'-'.join([suite, *args.model, *([args.mode] if args.mode else [])])}.json")
             results.save(files[-1], environment, rows)
+        release(machine)  # last: after an illegal access on the device it raises, and the rows that say so are saved
     seconds = round(time.perf_counter() - begin, 1)
     return runs, {"environment": environment, "files": [str(path) for path in files], "seconds": seconds}
 
