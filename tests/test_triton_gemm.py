@@ -179,6 +179,13 @@ def test_misaligned_parts_are_refused_in_words():
         triton_gemm.int4_gemm(torch.randn(1, 128).half(), weight.packed, scales, None, None, 64, 16)
 
 
+@pytest.mark.interp
+def test_more_rows_than_a_launch_has_blocks_are_refused_in_words(monkeypatch):
+    monkeypatch.setattr(triton_gemm, "MAX_BLOCKS", 2)
+    with pytest.raises(ValueError, match="N=48 must be at most 32"):
+        run(1, 48, 64, 64, True, torch.float16)
+
+
 def test_float32_is_refused_in_words():
     with pytest.raises(TypeError, match="float32, on a GPU it must be bfloat16 or float16"):
         run(1, 16, 64, 64, True, torch.float32)

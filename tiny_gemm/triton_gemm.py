@@ -378,6 +378,7 @@ def _int4_gemm_kernel(
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
 SLICED_WEIGHTS = 6 * 2**20  # W of no more elements than this takes the slice kernel
+MAX_BLOCKS = 65535  # along the second dimension of a grid
 MAX_REGISTERS = 128  # a thread of the slice kernel: told nothing, ptxas aims lower and spills on sm_80
 
 
@@ -483,6 +484,8 @@ def int4_gemm(
     facts = device_facts(x.device)
     config = config or pick_config(m, n, k, group_size, zeros is None, facts)
     blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
+    if blocks_n > MAX_BLOCKS:
+        raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * config.block_n}: a launch has no more blocks")
     meta = {
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
