@@ -41,6 +41,11 @@ class Options:
     quick: bool = False
 
     @property
+    def rows(self) -> tuple[int, ...]:
+        """M, for the suites that know neither batches nor lengths."""
+        return self.batch_sizes or (self.seq_lengths if self.mode == "seq_length" else ())
+
+    @property
     def dtype_name(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 

@@ -23,7 +23,7 @@ COMPILED = {("Llama-3.2-1B", 1), ("Llama-3.2-1B", 8)}
 
 
 def cases(options: Options, machine: Machine) -> list[Case]:
-    rows = options.batch_sizes or (options.seq_lengths if options.mode == "seq_length" else ())
+    rows = options.rows
     models = options.models or (("tiny", "SmolLM2-135M") if options.quick else MODELS)
     return [_case(machine, model, m, options) for model in models for m in rows or ((1, 8) if options.quick else ROWS)]
 

@@ -34,7 +34,7 @@ GEMLITE_ROWS = (1, 8)
 
 
 def cases(options: Options, machine: Machine) -> list[Case]:
-    rows = options.batch_sizes or (options.seq_lengths if options.mode == "seq_length" else ())
+    rows = options.rows
     plain = functools.partial(_case, machine, dtype=options.dtype)
     if options.models:
         return [

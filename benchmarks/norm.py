@@ -21,7 +21,7 @@ COMPILED = {(4096, 1), (4096, 8)}
 
 
 def cases(options: Options, machine: Machine) -> list[Case]:
-    rows = options.batch_sizes or (options.seq_lengths if options.mode == "seq_length" else ())
+    rows = options.rows
     sizes = [(model, PRESETS[model]["hidden_size"]) for model in options.models]
     sizes = sizes or [(None, d) for d in ((576,) if options.quick else (576, 2048, 4096))]
     return [

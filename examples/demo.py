@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tiny_gemm import checkpoint
-from tiny_gemm.cli import keep_memory_small, processor
+from tiny_gemm.cli import keep_memory_small
+from tiny_gemm.device import processor
 from tiny_gemm.doctor import HOW_TO_GET_SMOLLM2, find_smollm2
 from tiny_gemm.generate import Generator, SamplingParams, peak_memory
 

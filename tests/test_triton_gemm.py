@@ -248,10 +248,22 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
         assert torch.equal(triton_gemm.int4_gemm(x, *args), whole)
 
 
+def check_graph_of(chain, x):
+    """A graph of chain(x, wait) gives what its kernels give one at a time, `wait` being called after each. x changes
+    from replay to replay, so that a stale read shows."""
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = chain(x)
+    for _ in range(50):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(out, chain(x.clone(), torch.cuda.synchronize))
+
+
 @pytest.mark.gpu
 def test_each_kernel_of_a_chain_waits_for_the_one_before():
-    """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written. The first
-    input changes from replay to replay, so that a stale read shows."""
+    """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written."""
     weights = [quantize(torch.randn(2048, 2048) / 45, 128).to("cuda") for _ in range(8)]
     x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
 
@@ -261,14 +273,7 @@ def test_each_kernel_of_a_chain_waits_for_the_one_before():
             wait()
         return y
 
-    chain(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(x)
-    for _ in range(50):
-        x.normal_()
-        graph.replay()
-        assert torch.equal(out, chain(x.clone(), torch.cuda.synchronize))
+    check_graph_of(chain, x)
 
 
 @pytest.mark.gpu
@@ -295,11 +300,4 @@ def test_dependent_launch_around_the_cooperative_ffn():
             wait()
         return y
 
-    chain(x)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = chain(x)
-    for _ in range(50):
-        x.normal_()
-        graph.replay()
-        assert torch.equal(out, chain(x.clone(), torch.cuda.synchronize))
+    check_graph_of(chain, x)

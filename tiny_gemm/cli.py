@@ -50,6 +50,12 @@ Model = Annotated[
         show_default=True,
     ),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")]
+QuantizeOnLoad = Annotated[
+    int | None,
+    typer.Option(metavar="GROUP", help="Quantize 16-bit weights on load: groups of 32, 64 or 128; -1: a row."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead.")]
 
 
@@ -96,12 +102,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: make tokens that occurred less likely.")] = 1.0,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End where this text appears; may be repeated.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")] = "auto",
-    quantize: Annotated[
-        int | None,
-        typer.Option(metavar="GROUP", help="Quantize 16-bit weights on load: groups of 32, 64 or 128; -1: a row."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: QuantizeOnLoad = None,
     as_json: AsJson = False,
 ) -> None:
     """Writes text: what the model answers to a prompt."""
@@ -213,12 +216,9 @@ def profile(
     cached: Annotated[
         int | None, typer.Option("--context", help="Tokens in the KV cache: the prompt is repeated to this length.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Activations: auto, float32, bfloat16 or float16.")] = "auto",
-    quantize: Annotated[
-        int | None,
-        typer.Option(metavar="GROUP", help="Quantize 16-bit weights on load: groups of 32, 64 or 128; -1: a row."),
-    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    quantize: QuantizeOnLoad = None,
     trace: Annotated[
         str | None, typer.Option(metavar="FILE", help="Judge this torch profiler trace, of any program, instead.")
     ] = None,
@@ -374,17 +374,9 @@ def _stream(generator: "Generator", prompts: list, params: "SamplingParams") -> 
     return stream.results
 
 
-def processor(device: "torch.device") -> str:
-    """What a figure was measured on, in words."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    n = torch.get_num_threads()
-    return f"CPU, {n} thread{'s' if n > 1 else ''}"
-
-
 def _print_stats(results: "list[Result]", transformer: "Transformer") -> None:
+    from tiny_gemm.device import processor
+
     stats = [result.stats for result in results]
     on_cpu = transformer.device.type == "cpu"
     parts = [

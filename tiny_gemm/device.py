@@ -55,6 +55,14 @@ def device_guard(t: Tensor):
     return torch.cuda.device(t.device)
 
 
+def processor(device: torch.device) -> str:
+    """What a figure was measured on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    n = torch.get_num_threads()
+    return f"CPU, {n} thread{'s' if n > 1 else ''}"
+
+
 def tensor_bytes(*tensors: Tensor | None) -> int:
     """Bytes of the tensors together, each element once; for the costs that kernels declare."""
     return sum(t.nbytes for t in tensors if t is not None)

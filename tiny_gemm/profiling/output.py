@@ -55,25 +55,20 @@ def write_all(report: Report, directory: Path) -> list[str]:
     """report.json, figures, TensorBoard's log. Returns what could not be written, and what to install for it."""
     (directory / "report.json").write_text(json.dumps(report.to_json()) + "\n")
     missing = []
-    if not write_figures(report, directory):
+    figures = {}
+    if is_installed("matplotlib"):
+        figures = {name: draw(report) for name, draw in FIGURES.items()}
+        for name, figure in figures.items():
+            for kind in ("svg", "png"):
+                figure.savefig(directory / f"{name}.{kind}", dpi=150)
+    else:
         missing.append(f"no figures: matplotlib is not installed; {_HOW}")
-    if not write_tensorboard(report, directory / "tensorboard"):
+    if not write_tensorboard(report, figures, directory / "tensorboard"):
         missing.append(f"no scalars and figures for TensorBoard: tensorboard is not installed; {_HOW}")
     return missing
 
 
-def write_figures(report: Report, directory: Path) -> bool:
-    """False, and nothing written, where there is no matplotlib."""
-    if not is_installed("matplotlib"):
-        return False
-    for name, draw in FIGURES.items():
-        figure = draw(report)
-        for kind in ("svg", "png"):
-            figure.savefig(directory / f"{name}.{kind}", dpi=150)
-    return True
-
-
-def write_tensorboard(report: Report, directory: Path) -> bool:
+def write_tensorboard(report: Report, figures: dict, directory: Path) -> bool:
     """Scalars, text and figures for plain TensorBoard; False, and nothing written, where it is not installed."""
     if not is_installed("tensorboard"):
         return False
@@ -100,9 +95,8 @@ def write_tensorboard(report: Report, directory: Path) -> bool:
             if value is not None:
                 writer.add_scalar(name, value, 0)
         writer.add_text("report", "```\n" + as_text(report) + "\n```")
-        if is_installed("matplotlib"):
-            for name, draw in FIGURES.items():
-                writer.add_figure(name, draw(report))
+        for name, figure in figures.items():
+            writer.add_figure(name, figure)
     return True
 
 

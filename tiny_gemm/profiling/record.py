@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch.utils._triton import has_triton_package
 
+from tiny_gemm.device import processor
 from tiny_gemm.generate import Generator, SamplingParams
 from tiny_gemm.model import Transformer
 from tiny_gemm.profiling.output import beside, check_replaceable, write_all
@@ -141,14 +142,6 @@ class profile:  # noqa: N801 - a context manager, as torch.profiler.profile is
 def activities() -> list:
     cpu, cuda = torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA
     return [cpu, cuda] if torch.cuda.is_available() else [cpu]
-
-
-def processor(device: torch.device) -> str:
-    """What a profile was recorded on, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    n = torch.get_num_threads()
-    return f"CPU, {n} thread{'s' if n > 1 else ''}"
 
 
 def measure_roof(device: torch.device) -> float | None:
