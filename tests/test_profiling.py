@@ -19,7 +19,7 @@ from traces import H200, TraceBuilder
 from tiny_gemm import profiling
 from tiny_gemm.profiling import TraceError, analyse, output, read_trace, record, roofline, trace, trim
 from tiny_gemm.profiling.costs import op_cost
-from tiny_gemm.profiling.names import FAMILIES, family, short_name
+from tiny_gemm.profiling.names import FAMILIES, family, short_name, shorten
 from tiny_gemm.profiling.roofline import BANDWIDTH, COMPUTE, LATENCY, LAUNCH, UNKNOWN, verdict
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,57 @@ def test_overlaps_on_several_streams(tmp_path):
     assert [rows[n].gap_us for n in ("inside", "overlapping", "late")] == [0.0, 0.0, 20.0]
     assert report.step.busy_fraction == pytest.approx(120 / 140)
     assert {e.stream for e in report.timeline} == {7, 8, 9}
+
+
+def test_dependent_launches_count_from_the_end_of_what_they_wait_for(tmp_path):
+    """Programmatic dependent launch, three deep: no time is counted twice, and what was waited for is nobody's work."""
+    costs = [{"name": "gemm", "grid": [1, 1, 1], "bytes": 4000, "flops": 8000}]
+    b = TraceBuilder(roof_gbps=10.0, costs=costs)
+    b.kernel("attention", 100.0, 8.0)
+    b.kernel("gemm", 102.0, 8.0)  # waits for 6 us, works for 2
+    b.kernel("norm", 107.5, 3.5)  # begins while both run
+    b.kernel("done", 109.0, 1.5)  # ends before "norm": all of it was waiting
+    b.kernel("late", 112.0, 4.0)
+    report = report_of(b, tmp_path)
+    rows = rows_of(report)
+    assert {n: r.total_us for n, r in rows.items()} == pytest.approx(
+        {"attention": 8.0, "gemm": 2.0, "norm": 1.0, "done": 0.0, "late": 4.0}
+    )
+    assert {n: r.overlap_us for n, r in rows.items()} == pytest.approx(
+        {"attention": 0.0, "gemm": 6.0, "norm": 2.5, "done": 1.5, "late": 0.0}
+    )
+    assert rows["gemm"].gbps == pytest.approx(4000 / 2e-6 / 1e9) and rows["gemm"].tflops == pytest.approx(8e3 / 2e6)
+    assert rows["gemm"].gap_us == 0.0 and rows["late"].gap_us == pytest.approx(1.0)
+    assert sum(r.share for r in report.rows) == pytest.approx(1.0)
+    step = report.step
+    assert step.kernel_us == pytest.approx(step.busy_fraction * step.step_us) == pytest.approx(15.0)
+    assert "already" in rows["gemm"].advice and "already" not in rows["late"].advice
+    assert [(e.start_us, e.duration_us) for e in report.timeline] == [(0, 8), (8, 2), (10, 1), (10.5, 0), (12, 4)]
+    assert "-6.0" in output.as_text(report), "a gap below zero is an overlap"
+
+
+def test_kernels_of_several_streams_really_run_at_once(tmp_path):
+    b = TraceBuilder()
+    b.kernel("a", 0.0, 10.0, stream=7)
+    b.kernel("b", 5.0, 10.0, stream=8)
+    b.kernel("c", 9.0, 10.0, stream=7)  # waits for "a" only
+    rows = rows_of(report_of(b, tmp_path))
+    assert {n: r.total_us for n, r in rows.items()} == pytest.approx({"a": 10.0, "b": 10.0, "c": 9.0})
+    assert {n: r.overlap_us for n, r in rows.items()} == pytest.approx({"a": 0.0, "b": 0.0, "c": 1.0})
+
+
+def test_one_long_wait_among_many_short_ones_is_named(tmp_path):
+    """Such as a plan that is made anew each step, which the median gap before its kernel does not show."""
+    b = TraceBuilder()
+    for s, wait in enumerate((500.0, 700.0, 600.0)):
+        b.step(s, 1000.0 * s, 999.0)
+        for i in range(10):
+            t = 1000.0 * s + 5 * i + (wait if i >= 3 else 0)
+            b.kernel("attention" if i % 2 else "other", t, 5.0, launched=1000.0 * s + i)
+    report = report_of(b, tmp_path)
+    assert rows_of(report)["attention"].gap_us == 0.0
+    assert report.step.longest_gap_before == "attention" and report.step.longest_gap_us == pytest.approx(600.0)
+    assert "longest wait 600.0 us, 60% of the step, before attention" in output.as_text(report)
 
 
 def test_steps_are_those_of_the_launches(tmp_path):
@@ -194,11 +245,22 @@ def test_reports_survive_json_and_tables(tmp_path):
     b.kernel("[bracketed] name", 5.0, 2.0)  # rich must not take it for markup
     report = report_of(b, tmp_path)
     assert json.loads(json.dumps(report.to_json()))["step"]["kernels"] == 2
-    for width in (60, 80, 160):
+    for width in (60, 80, 100, 160):
         text = output.as_text(report, width)
-        assert "[bracketed]" in text and "launch-bound" in text
+        table = [line for line in text.splitlines() if line.rstrip().endswith("-bound")]
+        assert len(table) == 2, "a line a kernel, its verdict at the end"
+        assert "[bracketed]" in text and "elementwise_kernel" in text
         assert max(map(len, text.splitlines())) <= width
     assert "before / after" in _printed(report.against(report))
+
+
+def test_kernels_of_one_name_are_told_apart_by_their_grids(tmp_path):
+    b = TraceBuilder()
+    for i, grid in enumerate([(1, 36, 1), (1, 60, 1)]):
+        b.kernel("_int4_gemm_slice_kernel", 10.0 * i, 5.0, grid=grid)
+    b.kernel("_norm_kernel", 30.0, 5.0)
+    text = output.as_text(report_of(b, tmp_path), 100)
+    assert "_int4_gemm_slice_kernel 1x36x1 " in text and "_norm_kernel  " in text
 
 
 def _printed(renderable) -> str:
@@ -240,6 +302,11 @@ VERDICTS = {
         dict(duration_us=900.0, gap_us=1.0, roof_fraction=0.1, intensity=900.0, ridge=227.0, peak_fraction=0.2),
         LATENCY,
         "20%",
+    ),
+    "short, but it overlaps": (
+        dict(duration_us=2.5, gap_us=0.0, roof_fraction=0.03, overlapped=True),
+        LATENCY,
+        "overlaps",
     ),
     "unknown bytes": (dict(duration_us=50.0, gap_us=0.7, **CHIP), UNKNOWN, "bytes"),
     "unknown everything": (dict(duration_us=50.0, gap_us=0.0), UNKNOWN, "bytes"),
@@ -592,8 +659,11 @@ def test_names():
     assert short_name("Memcpy HtoD (Pinned -> Device)") == "Memcpy HtoD (Pinned -> Device)"
     assert family("_int4_ffn_kernel", None, "kernel") == "int4"
     assert family("nvjet_tst_64x8", "aten::mm", "kernel") == "gemm"
+    assert family("_norm_kernel", "tiny_gemm::add_rms_norm", "kernel") == "norm"
     assert family("fmha_cutlassF", "aten::_efficient_attention_forward", "kernel") == "attention"
     assert family("unheard_of", None, "kernel") in FAMILIES
+    assert shorten("aten::mm: nvjet_sm90_tst_8x64_64x16_4x1_v_bz_TNN", 20) == "mm: nvjet_…_v_bz_TNN"
+    assert [shorten("abcdefgh", n) for n in (8, 7, 6)] == ["abcdefgh", "abc…fgh", "abc…gh"]
 
 
 # ------------------------------------------------------------------------------------------------------------ recording
@@ -706,6 +776,19 @@ def test_costs_of_a_step_of_a_model(tmp_path):
     assert record._costs_of_a_step(model, [[1, 2, 3]], 16) == []
 
 
+def test_a_step_is_timed_by_its_tokens_alone(monkeypatch):
+    """The generator has launched one step more than it has given tokens of; waiting for that one would count it."""
+    clock = [0.0]
+
+    def pass_a_step(*_):
+        clock[0] += 0.5
+        return clock[0]
+
+    monkeypatch.setattr(record.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", pass_a_step)
+    assert record._time_steps(iter(pass_a_step, None), 4) == 0.5
+
+
 def test_measure_roof_is_plausible():
     assert 0.1 < profiling.measure_roof(torch.device("cpu")) < 5000
 
@@ -764,7 +847,11 @@ def test_figures_have_what_the_report_has(tmp_path, draw):
     b = TraceBuilder(roof_gbps=4350.0)
     for i in range(100):
         b.kernel(f"gemm_{i % 12}", 20.0 * i, 15.0, stream=7 + i % 2, op=("aten::mm", [[1, 64], [64, 64]], [BF16] * 2))
-    for report in (report_of(b, tmp_path), _nothing_known(tmp_path)):
+    short = TraceBuilder()  # shorter than a pixel, and a few that do nothing but wait
+    for i in range(200):
+        short.kernel("k", 100.0 * i, 2.0, stream=7 + i % 2)
+        short.kernel("waiting", 100.0 * i + 1.0, 1.0, stream=7 + i % 2)
+    for report in (report_of(b, tmp_path), report_of(short, tmp_path), _nothing_known(tmp_path)):
         figure = getattr(figures, draw)(report)
         figure.savefig(tmp_path / "f.png", dpi=100)
         assert figure.get_size_inches()[0] * 100 == 800

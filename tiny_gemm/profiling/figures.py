@@ -3,8 +3,10 @@
 import math
 from typing import TYPE_CHECKING
 
-from tiny_gemm.profiling.names import FAMILIES
-from tiny_gemm.profiling.report import Report, Row
+import numpy as np
+
+from tiny_gemm.profiling.names import FAMILIES, shorten
+from tiny_gemm.profiling.report import Report, Row, TimelineEvent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,6 +17,8 @@ _COLOURS = dict(
 _INK = "#222222"
 SIZE = 8.0, 4.8  # inches, which is 800 pixels wide at 100 dots an inch
 _LABELLED = 8
+_BINS = 700  # of a strip: a pixel each
+_ENLARGED = 20  # kernels
 
 
 def roofline(report: Report) -> "Figure":
@@ -23,7 +27,8 @@ def roofline(report: Report) -> "Figure":
 
     figure = Figure(SIZE, layout="constrained")
     axes = figure.add_subplot()
-    rows = [r for r in report.rows if r.intensity and r.tflops]
+    named = [pair for pair in zip(report.rows, report.distinct_labels(), strict=True) if _is_drawn(pair[0])]
+    rows = [row for row, _ in named]
     axes.set(xscale="log", yscale="log", xlabel="arithmetic intensity, flop/byte", ylabel="TFLOP/s")
     axes.set_title(f"Roofline: {report.device}", loc="left", fontsize=11)
     axes.grid(True, which="major", color="#e5e5e5", linewidth=0.6)
@@ -46,9 +51,13 @@ def roofline(report: Report) -> "Figure":
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(lambda value, _: "")
-    _label(axes, sorted(rows, key=lambda r: -r.share)[:_LABELLED])
+    _label(axes, sorted(named, key=lambda pair: -pair[0].share)[:_LABELLED])
     _legend(axes, {r.family for r in rows}, loc="upper left")
     return figure
+
+
+def _is_drawn(row: Row) -> bool:
+    return bool(row.intensity and row.tflops)
 
 
 def _decades(values: list[float]) -> tuple[float, float]:
@@ -70,21 +79,20 @@ def _draw_roofs(axes, report: Report, left: float, right: float, bottom: float) 
         axes.annotate(f"ridge {end:,.0f}", (end, bottom), xytext=(4, 5), **style)
 
 
-def _label(axes, rows: list[Row]) -> None:
+def _label(axes, rows: list[tuple[Row, str]]) -> None:
     """Names beside the points, towards the middle, moved apart until none covers another."""
     axes.figure.draw_without_rendering()
     place, middle = axes.transData.transform, axes.transAxes.transform((0.6, 0))[0]
     taken: list[float] = []
-    for row in sorted(rows, key=lambda r: -r.tflops):
+    for row, label in sorted(rows, key=lambda pair: -pair[0].tflops):
         x, y = place((row.intensity, row.tflops))
         wanted = y
         while any(abs(wanted - other) < 13 for other in taken):
             wanted -= 2
         taken.append(wanted)
-        name = row.label if len(row.label) <= 34 else row.label[:33] + "…"
         side = 1 if x < middle else -1
         axes.annotate(
-            f"{name}  {row.share:.0%}", (row.intensity, row.tflops),
+            f"{shorten(label, 36)}  {row.share:.0%}", (row.intensity, row.tflops),
             xytext=(26 * side, (wanted - y) * 72 / axes.figure.dpi), textcoords="offset points", fontsize=7.5,
             va="center", ha="left" if side > 0 else "right",
             arrowprops={"arrowstyle": "-", "linewidth": 0.5, "color": "#999999"},
@@ -92,43 +100,72 @@ def _label(axes, rows: list[Row]) -> None:
 
 
 def timeline(report: Report) -> "Figure":
-    """One step: a strip over all of it, and its first tenth enlarged, where the gaps can be seen."""
+    """One step: a strip over all of it, and a few kernels of it enlarged, where the gaps can be seen."""
     from matplotlib.figure import Figure
 
     figure = Figure((SIZE[0], 3.6), layout="constrained")
     events = report.timeline
     end = max((e.start_us + e.duration_us for e in events), default=0.0) or 1.0
-    part = end if len(events) < 60 else sorted(e.start_us + e.duration_us for e in events)[len(events) // 10]
-    views = [(0.0, end)] if part >= end else [(0.0, end), (0.0, part)]
+    views = [(0.0, end)] if len(events) < 2 * _ENLARGED else [(0.0, end), _typical(events)]
+    lanes = {s: n for n, s in enumerate(sorted({e.stream for e in events}))}
+    noun, label = ("kernels", "stream") if report.processor == "gpu" else ("calls", "thread")
     for i, (first, last) in enumerate(views):
         axes = figure.add_subplot(len(views), 1, i + 1)
-        lanes = {s: n for n, s in enumerate(sorted({e.stream for e in events}))}
-        for family in FAMILIES:
-            for stream, lane in lanes.items():
-                bars = [
-                    (e.start_us, e.duration_us)
-                    for e in events
-                    if report.rows[e.row].family == family and e.stream == stream and e.start_us < last
-                ]
-                axes.broken_barh(bars, (lane - 0.4, 0.8), color=_COLOURS[family], linewidth=0)
+        shown = [e for e in events if e.start_us < last and e.start_us + e.duration_us > first]
+        pixel = (last - first) / _BINS
+        draw = _draw_shares if len(shown) > _ENLARGED and _median(e.duration_us for e in shown) < pixel else _draw_bars
+        for stream, lane in lanes.items():
+            draw(axes, report, [e for e in shown if e.stream == stream], lane, first, last)
         axes.set(
             xlim=(first, last), ylim=(len(lanes) - 0.4, -0.6), xlabel="microseconds" if i == len(views) - 1 else ""
         )
-        label = "stream" if report.processor == "gpu" else "thread"
         axes.set_yticks(range(len(lanes)), [f"{label} {s}" for s in lanes], fontsize=8)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         for side in ("top", "right", "left"):
             axes.spines[side].set_visible(False)
+        title = f"{len(shown)} {noun} of it"
         if i == 0:
             s = report.step
-            axes.set_title(
-                f"One step on {report.device}: busy {s.busy_fraction:.0%}, {s.kernels:,.0f} "
-                f"{'kernels' if report.processor == 'gpu' else 'calls'}; white is idle",
-                loc="left", fontsize=11,
-            )  # fmt: skip
-        else:
-            axes.set_title(f"its first {last:,.0f} us", loc="left", fontsize=9)
+            title = f"One step on {report.device}: busy {s.busy_fraction:.0%}, {s.kernels:,.0f} {noun}"
+        what = "height: share of the time" if draw is _draw_shares else "white is idle"
+        axes.set_title(f"{title}; {what}", loc="left", fontsize=9 if i else 11)
     _legend(figure, {report.rows[e.row].family for e in events}, loc="outside lower center", ncols=len(FAMILIES))
     return figure
+
+
+def _median(values) -> float:
+    return float(np.median(list(values)))
+
+
+def _typical(events: list[TimelineEvent]) -> tuple[float, float]:
+    """Where a stretch of _ENLARGED kernels begins and ends that is neither the quickest nor the slowest of the step."""
+    starts = sorted(e.start_us for e in events)
+    stretches = [(starts[i + _ENLARGED] - starts[i], i) for i in range(len(starts) - _ENLARGED)]
+    _, i = sorted(stretches)[len(stretches) // 2]
+    return starts[i], starts[i + _ENLARGED]
+
+
+def _draw_bars(axes, report: Report, events: list[TimelineEvent], lane: int, first: float, last: float) -> None:
+    for family in FAMILIES:
+        bars = [(e.start_us, e.duration_us) for e in events if report.rows[e.row].family == family]
+        axes.broken_barh(bars, (lane - 0.4, 0.8), color=_COLOURS[family], linewidth=0, snap=False)
+
+
+def _draw_shares(axes, report: Report, events: list[TimelineEvent], lane: int, first: float, last: float) -> None:
+    """For kernels shorter than a pixel: how much of each pixel's time they take, stacked by family."""
+    edges = np.linspace(first, last, _BINS + 1)
+    base = np.full(_BINS, lane + 0.4)
+    for family in FAMILIES:
+        its = [e for e in events if report.rows[e.row].family == family and e.duration_us]
+        spans = sorted((e.start_us, e.start_us + e.duration_us) for e in its)  # of one stream: they do not overlap
+        if not spans:
+            continue
+        times = np.array(spans).ravel()  # start, end, start, end, ...
+        worked = np.repeat(np.cumsum(times[1::2] - times[::2]), 2)
+        worked[::2] -= times[1::2] - times[::2]
+        share = np.diff(np.interp(edges, times, worked)) / (edges[1] - edges[0])
+        axes.fill_between(edges[:-1], base, base - 0.8 * share, step="post", color=_COLOURS[family], linewidth=0)
+        base = base - 0.8 * share
 
 
 def _legend(on, families: set[str], **place) -> None:

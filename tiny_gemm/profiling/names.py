@@ -1,5 +1,7 @@
 """Kernels by name: what is worth showing of it, and what sort of work it does."""
 
+import re
+
 FAMILIES = ("int4", "gemm", "attention", "norm", "elementwise", "copy", "other")
 _WORDS = {  # the first family with a word that the name of kernel or op contains
     "int4": ("int4", "w4a16", "marlin", "gptq", "awq"),
@@ -18,8 +20,19 @@ def family(name: str, op: str | None, kind: str) -> str:
     """What sort of work a kernel does, for colours and sums, by its name and its op's."""
     if kind in ("memcpy", "memset"):
         return "copy"
-    text = f"{name} {op or ''}".lower()
+    text = f"{name} {(op or '').removeprefix('tiny_gemm::')}".lower()  # not every op of this project's is a product
     return next((f for f, words in _WORDS.items() if any(w in text for w in words)), "other")
+
+
+def shorten(text: str, width: int) -> str:
+    """At most `width` characters. First an op's library goes (aten::mm: kernel), then the middle: names that begin
+    alike tend to end differently."""
+    if len(text) > width:
+        text = re.sub(r"^\w+::(?=\w+: )", "", text)
+    if len(text) <= width:
+        return text
+    tail = (width - 1) // 2
+    return f"{text[: width - 1 - tail]}…{text[len(text) - tail :]}"
 
 
 def short_name(name: str) -> str:

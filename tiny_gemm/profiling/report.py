@@ -1,6 +1,6 @@
 """From a trace to a report: a row a kernel with its verdict, and the step as a whole."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
@@ -17,7 +17,9 @@ TIMELINE_EVENTS = 20_000
 class Row:
     """Launches of one kernel with one grid (on a CPU: calls of one op). Bytes and flops are of one call; None: unknown.
 
-    gap_us: median idle time of the whole device before a launch. waves: how often the grid fills the chip.
+    total_us, median_us and what follows from them count a launch from the end of what began before it on its stream:
+    with programmatic dependent launch it begins earlier, by overlap_us (the median), and waits inside. gap_us: median
+    idle time of the whole device before a launch. share: of all rows' time. waves: how often the grid fills the chip.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Row:
     share: float
     median_us: float
     gap_us: float
+    overlap_us: float
     grid: tuple[int, int, int] | None
     block: tuple[int, int, int] | None
     waves: float | None
@@ -50,6 +53,10 @@ class Row:
             return self.name
         return f"{self.op}: {self.name}"
 
+    @property
+    def grid_text(self) -> str:
+        return "x".join(map(str, self.grid)) if self.grid else ""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -57,7 +64,8 @@ class Step:
 
     step_us: from one step's first kernel to the next one's. known_bytes: share of the kernels' time whose bytes are
     known. tokens: those that a step makes, where the trace says so. floor_us: what the step's bytes take at the roof.
-    unprofiled_us: the same step timed without a profiler.
+    unprofiled_us: the same step timed without a profiler. longest_gap_us: the longest of a step's idle times, of the
+    median step; longest_gap_before: the label of the kernel that came after it.
     """
 
     steps: int
@@ -73,6 +81,8 @@ class Step:
     floor_us: float | None
     floor_tokens_per_s: float | None
     unprofiled_us: float | None
+    longest_gap_us: float
+    longest_gap_before: str
     verdict: str
     reason: str
     advice: str
@@ -80,7 +90,8 @@ class Step:
 
 @dataclass(frozen=True)
 class TimelineEvent:
-    """A kernel of the shown step; start_us counts from the step's first kernel; row: index into Report.rows."""
+    """A kernel of the shown step; start_us counts from the step's first kernel, and a kernel that overlaps another on
+    its stream starts at that one's end; row: index into Report.rows."""
 
     start_us: float
     duration_us: float
@@ -127,6 +138,11 @@ class Report:
 
         return comparison(before, self)
 
+    def distinct_labels(self) -> list[str]:
+        """A label for each row; those that several rows have get the row's grid."""
+        count = Counter(row.label for row in self.rows)
+        return [f"{r.label} {r.grid_text}".strip() if count[r.label] > 1 else r.label for r in self.rows]
+
     def share_of(self, verdict: str) -> float:
         return sum(row.share for row in self.rows if row.verdict == verdict)
 
@@ -161,6 +177,7 @@ def _analyse_gpu(trace: Trace, roof_gbps: float | None) -> Report:
     if len(times) > 1:
         notes.append(f"GPU {device} is shown, the busiest of {len(times)}.")
         k = {name: column[k["device"] == device] for name, column in k.items()}
+    k = _with_own_times(k)
     facts = trace.devices.get(device) or {}
     name = str(facts.get("name") or trace.metadata.get("device") or "unknown GPU")
     sheet = roofline.datasheet(name)
@@ -192,9 +209,9 @@ def _analyse_gpu(trace: Trace, roof_gbps: float | None) -> Report:
     for i in inside:
         key = int(k["name"][i]), op_names[i], int(k["grid_x"][i]), int(k["grid_y"][i]), int(k["grid_z"][i])
         groups[key].append(i)
-    total = float(k["dur"][inside].sum()) or 1.0
+    total = float(k["own"][inside].sum()) or 1.0
     rows, row_of = [], {}
-    ordered = sorted(groups.items(), key=lambda item: -float(k["dur"][item[1]].sum()))
+    ordered = sorted(groups.items(), key=lambda item: -float(k["own"][item[1]].sum()))
     sms = facts.get("numSms") or None
     for (name_id, op, *grid), members in ordered:
         m = np.array(members)
@@ -211,21 +228,25 @@ def _analyse_gpu(trace: Trace, roof_gbps: float | None) -> Report:
         row_of.update((int(i), len(rows)) for i in members)
         rows.append(
             _row(
-                trace.names[name_id], op, KINDS[k["kind"][first]], k["dur"][m], gaps[m], total, costs[m],
-                roof, peak, grid=tuple(grid) if is_kernel else None, block=block if is_kernel else None,
-                waves=waves, blocks=blocks, sms=sms,
+                trace.names[name_id], op, KINDS[k["kind"][first]], k["own"][m], gaps[m], total, costs[m],
+                roof, peak, overlap_us=float(np.median(k["early"][m])), grid=tuple(grid) if is_kernel else None,
+                block=block if is_kernel else None, waves=waves, blocks=blocks, sms=sms,
             )
         )  # fmt: skip
 
     shown = used[len(used) // 2 if len(used) < 3 else (len(used) - 1) // 2]
     events = inside[step_of[inside] == shown][:TIMELINE_EVENTS]
     origin = float(k["start"][events].min())
+    begin = k["start"] + k["early"] - origin
     timeline = [
-        TimelineEvent(round(float(k["start"][i]) - origin, 3), float(k["dur"][i]), row_of[int(i)], int(k["stream"][i]))
+        TimelineEvent(round(float(begin[i]), 3), round(float(k["own"][i]), 3), row_of[int(i)], int(k["stream"][i]))
         for i in events
     ]
     busy_fraction = busy / max(float(window[1] - window[0]), 1e-9)
-    step = _step(trace, rows, len(used), step_us, busy_fraction, len(inside), total, roof)
+    longest = _longest_gap(gaps, step_of, inside)
+    step = _step(
+        trace, rows, len(used), step_us, busy_fraction, len(inside), total, roof, gaps[longest], row_of[longest]
+    )
     step_times = [round(float(t), 3) for t in np.diff(starts)] or [step_us]
     return Report(trace.source, "gpu", name, roof, roof_source, peak, marked, step, step_times, rows, timeline, notes)
 
@@ -254,6 +275,28 @@ def _within(times: np.ndarray, spans: list[Span]) -> np.ndarray:
     return np.where((at >= 0) & (times < ends[np.maximum(at, 0)]), at, -1)
 
 
+def _with_own_times(k: dict) -> dict:
+    """With two more columns: "early", how long before the end of what began before it on its stream a kernel begins,
+    and "own", its duration without that.
+
+    With programmatic dependent launch kernels of one stream overlap: the later one waits inside for the earlier one,
+    and counting both in full would count that time twice. `k` is ordered by start.
+    """
+    end, early = k["start"] + k["dur"], np.zeros(len(k["start"]))
+    order = np.argsort(k["stream"], kind="stable")
+    for on in np.split(order, np.flatnonzero(np.diff(k["stream"][order])) + 1):
+        ended = np.maximum.accumulate(end[on])[:-1]
+        early[on[1:]] = np.clip(ended - k["start"][on[1:]], 0.0, k["dur"][on[1:]])
+    return k | {"early": early, "own": k["dur"] - early}
+
+
+def _longest_gap(gaps: np.ndarray, step_of: np.ndarray, inside: np.ndarray) -> int:
+    """The index of the kernel with the longest gap before it in its step; of the steps, the median one's."""
+    by_gap = inside[np.lexsort((gaps[inside], step_of[inside]))]
+    longest = by_gap[np.append(np.diff(step_of[by_gap]) > 0, True)]
+    return int(longest[np.argsort(gaps[longest], kind="stable")[len(longest) // 2]])
+
+
 def _union(start: np.ndarray, end: np.ndarray, first: float, last: float) -> float:
     """How long at least one of the intervals, which are ordered by start, lies within [first, last]."""
     start, end = np.clip(start, first, last), np.clip(end, first, last)
@@ -279,7 +322,7 @@ def _gpu_costs(k: dict, step_of: np.ndarray, trace: Trace) -> tuple[np.ndarray, 
         for i in np.flatnonzero(found):
             op = by_external[at[i]]
             op_names[i] = trace.names[ops["name"][op]]
-            if op not in longest or k["dur"][i] > k["dur"][longest[op]]:
+            if op not in longest or k["own"][i] > k["own"][longest[op]]:
                 longest[op] = i
         for op, i in longest.items():
             if KINDS[k["kind"][i]] == "kernel":
@@ -317,7 +360,7 @@ def _apply_declared(k: dict, step_of: np.ndarray, trace: Trace, costs: np.ndarra
 
 def first_step_costs(trace: Trace) -> list[dict]:
     """What is known of the kernels of the first step, in order, as metadata["costs"] has it."""
-    k = trace.kernels
+    k = _with_own_times(trace.kernels)
     step_of, _ = _assign_steps(k, trace)
     costs, op_names = _gpu_costs(k, step_of, trace)
     known = []
@@ -332,8 +375,8 @@ def first_step_costs(trace: Trace) -> list[dict]:
 
 def _row(
     name: str, op: str | None, kind: str, durations: np.ndarray, gaps: np.ndarray, total: float, costs: np.ndarray,
-    roof: float | None, peak: float | None, *, grid=None, block=None, waves=None, blocks=None, sms=None,
-    on_cpu: bool = False, wraps_others: bool = False,
+    roof: float | None, peak: float | None, *, overlap_us: float = 0.0, grid=None, block=None, waves=None, blocks=None,
+    sms=None, on_cpu: bool = False, wraps_others: bool = False,
 ) -> Row:  # fmt: skip
     known = ~np.isnan(costs[:, 0])
     time = float(durations[known].sum())
@@ -357,17 +400,24 @@ def _row(
         )
     else:
         ridge = peak * 1e3 / roof if peak and roof else None
-        found = roofline.verdict(**judged, blocks=blocks, sm_count=sms, ridge=ridge, peak_fraction=peak_fraction)
+        found = roofline.verdict(
+            **judged,
+            blocks=blocks,
+            sm_count=sms,
+            ridge=ridge,
+            peak_fraction=peak_fraction,
+            overlapped=overlap_us > 0.05,
+        )
     name = short_name(name)
     return Row(
         name, op, family(name, op, kind), len(durations), float(durations.sum()), float(durations.sum()) / total,
-        duration, gap, grid, block, waves, n_bytes, n_flops, gbps, roof_fraction, tflops, peak_fraction, intensity,
-        found.kind, found.reason, found.advice,
+        duration, gap, overlap_us, grid, block, waves, n_bytes, n_flops, gbps, roof_fraction, tflops, peak_fraction,
+        intensity, found.kind, found.reason, found.advice,
     )  # fmt: skip
 
 
-def _step(trace, rows, steps, step_us, busy_fraction, kernels, total_us, roof) -> Step:
-    """`kernels` and `total_us` are of all the steps together."""
+def _step(trace, rows, steps, step_us, busy_fraction, kernels, total_us, roof, longest_gap_us, before: int) -> Step:
+    """`kernels` and `total_us` are of all the steps together. before: the row of what comes after the longest gap."""
     counted = [row for row in rows if row.bytes is not None]
     known = sum(row.total_us for row in counted) / total_us
     n_bytes = sum(row.bytes * row.calls for row in counted) / steps if counted else None
@@ -390,6 +440,8 @@ def _step(trace, rows, steps, step_us, busy_fraction, kernels, total_us, roof) -
         floor_us=floor_us,
         floor_tokens_per_s=tokens * 1e6 / floor_us if tokens and floor_us else None,
         unprofiled_us=trace.metadata.get("unprofiled_step_us"),
+        longest_gap_us=round(float(longest_gap_us), 3),
+        longest_gap_before=rows[before].label,
         verdict=found.kind,
         reason=found.reason,
         advice=found.advice,
@@ -470,7 +522,11 @@ def _analyse_cpu(trace: Trace, roof_gbps: float | None) -> Report:
         for i in inside
         if is_top[i] and shown.start <= ops["start"][i] < shown.end
     ][:TIMELINE_EVENTS]  # fmt: skip
-    step = _step(trace, rows, len(spans), length / len(spans), busy / length, int(is_top[inside].sum()), total, roof)
+    longest = _longest_gap(gaps, step_of, inside)
+    step = _step(
+        trace, rows, len(spans), length / len(spans), busy / length, int(is_top[inside].sum()), total, roof,
+        gaps[longest], row_of[int(ops["name"][longest])],
+    )  # fmt: skip
     step_times = [round(s.end - s.start, 3) for s in spans]
     device = str(trace.metadata.get("device") or "CPU")
     notes.append("No GPU kernels in this trace: these are CPU ops by their own time, without that of ops they call.")

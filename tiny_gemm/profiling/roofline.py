@@ -116,8 +116,10 @@ def verdict(
     intensity: float | None = None,
     ridge: float | None = None,
     peak_fraction: float | None = None,
+    overlapped: bool = False,
 ) -> Verdict:
     """What limits a kernel that takes duration_us after gap_us of an idle device. None: not known, never guessed.
+    overlapped: it begins while the kernel before it runs, and duration_us counts from that one's end.
 
     In this order:
     1. gap > duration: launch-bound. More of its wall time goes by before it than in it: a faster kernel gains less than
@@ -150,6 +152,12 @@ def verdict(
         f"{duration_us:.1f} us, where any kernel costs about {FIXED_COST_US}{reached}",
         "fuse it with its neighbours, or overlap it with them (programmatic dependent launch)",
     )
+    if overlapped:
+        short = Verdict(
+            LATENCY,
+            f"{duration_us:.1f} us after the end of the kernel that it overlaps{reached}",
+            "fuse it with its neighbours: it overlaps them already",
+        )
     if duration_us < 1.5 * FIXED_COST_US:
         return short
     if blocks is not None and sm_count is not None and 0 < blocks < sm_count:

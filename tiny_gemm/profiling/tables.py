@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 import tiny_gemm.profiling.roofline as roofline
-from tiny_gemm.profiling.names import FAMILIES
+from tiny_gemm.profiling.names import FAMILIES, shorten
 
 if TYPE_CHECKING:
     from tiny_gemm.profiling.report import Report, Row
@@ -21,7 +21,8 @@ _COLOURS = {
     roofline.COMPUTE: "green",
     roofline.UNKNOWN: "dim",
 }
-_WIDE = 120  # columns of a terminal from which on every figure has its place
+_WIDE, _NARROW = 120, 76  # from the one on every figure has its place, from the other on what a small terminal shows
+_SMALLEST_SHARE = 0.005  # of the time, that is worth a line of advice
 
 
 @dataclass(frozen=True)
@@ -32,41 +33,45 @@ class ReportTable:
     shown: int | None
 
     def __rich_console__(self, console, options) -> Iterator:
-        report, wide = self.report, options.max_width >= _WIDE
+        report = self.report
         rows = report.rows if self.shown is None else report.rows[: self.shown]
         yield Text("\n".join(_headline(report)))
-        yield _kernel_table(report, rows, wide)
+        yield _kernel_table(report, rows, options.max_width)
         if len(rows) < len(report.rows):
             rest = report.rows[len(rows) :]
             yield Text(f"and {len(rest)} more with {sum(r.share for r in rest):.1%} of the time", "dim")
-        yield _advice(rows)
+        yield _advice(report.rows)
         for note in report.notes:
             yield Text(note, "dim")
 
 
-def _kernel_table(report: "Report", rows: "list[Row]", wide: bool) -> Table:
-    on_gpu, steps = report.processor == "gpu", report.step.steps
-    columns = [  # heading, in a narrow terminal too, cell
+def _kernel_table(report: "Report", rows: "list[Row]", width: int) -> Table:
+    on_gpu, steps, wide, middling = report.processor == "gpu", report.step.steps, width >= _WIDE, width >= _NARROW
+    columns = [  # heading, whether it is shown, cell
         ("calls", wide, lambda r: str(r.calls)),
-        ("us each", True, lambda r: f"{r.median_us:,.1f}"),
+        ("us each", middling, lambda r: f"{r.median_us:,.1f}"),
         ("us/step", True, lambda r: f"{r.total_us / steps:,.0f}"),
         ("share", wide, lambda r: f"{r.share:.1%}"),
         ("MB", wide, lambda r: _number(r.bytes and r.bytes / 1e6)),
         ("GB/s", wide, lambda r: _number(r.gbps)),
         ("% roof", True, lambda r: _percent(r.roof_fraction)),
         ("flop/B", wide, lambda r: _number(r.intensity)),
-        ("gap us", True, lambda r: f"{r.gap_us:,.1f}"),
-        ("grid", wide and on_gpu, lambda r: "x".join(map(str, r.grid)) if r.grid else "-"),
-        ("waves", on_gpu, lambda r: _number(r.waves)),
+        ("gap us", True, lambda r: f"{r.gap_us if r.gap_us >= r.overlap_us else -r.overlap_us:,.1f}"),
+        ("grid", wide and on_gpu, lambda r: r.grid_text or "-"),
+        ("waves", on_gpu and middling, lambda r: _number(r.waves)),
     ]
-    columns = [(heading, cell) for heading, shown, cell in columns if shown]
+    cells = {heading: [cell(row) for row in rows] for heading, shown, cell in columns if shown}
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("kernel" if on_gpu else "op", overflow="fold", min_width=16, max_width=44)
-    for heading, _ in columns:
+    table.add_column("kernel" if on_gpu else "op", no_wrap=True)
+    for heading in cells:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("verdict", no_wrap=True)
-    for row in rows:
-        table.add_row(Text(row.label), *(cell(row) for _, cell in columns), Text(row.verdict, _COLOURS[row.verdict]))
+    taken = sum(2 + max(map(len, (heading, *column))) for heading, column in cells.items())
+    taken += 2 + max(map(len, ("verdict", *(row.verdict for row in rows))))
+    distinct = report.distinct_labels()
+    for i, row in enumerate(rows):
+        name = shorten(row.label if wide else distinct[i], max(16, width - taken))
+        table.add_row(Text(name), *(column[i] for column in cells.values()), Text(row.verdict, _COLOURS[row.verdict]))
     return table
 
 
@@ -100,6 +105,11 @@ def _headline(report: "Report") -> list[str]:
             f"floor: {s.bytes / 1e6:,.1f} MB take {s.floor_us:,.1f} us at the roof{at_best}; "
             f"{reached:.1%} of that speed reached{whose}"
         )
+    if s.longest_gap_us > 0.1 * s.step_us:
+        lines.append(
+            f"longest wait {s.longest_gap_us:,.1f} us, {s.longest_gap_us / s.step_us:.0%} of the "
+            f"{'step' if report.marked_steps else 'window'}, before {shorten(s.longest_gap_before, 52)}"
+        )
     lines.append(f"{s.verdict}: {s.reason}. {s.advice[:1].upper()}{s.advice[1:]}.\n")
     return lines
 
@@ -110,19 +120,23 @@ def _advice(rows: "list[Row]") -> Text:
     for row in rows:
         about[row.verdict, row.advice].append(row)
     text = Text("\n")
-    for (kind, advice), group in sorted(about.items(), key=lambda item: -sum(r.share for r in item[1])):
-        names = list(dict.fromkeys(r.label for r in group))
-        more = f" and {len(names) - 2} more" if len(names) > 2 else ""
-        text.append(f"{sum(r.share for r in group):4.0%} ")
+    for i, ((kind, advice), group) in enumerate(sorted(about.items(), key=lambda item: -sum(r.share for r in item[1]))):
+        share, others = sum(r.share for r in group), len(group) - 1
+        if i and share < _SMALLEST_SHARE:
+            break
+        text.append(f"{share:4.0%} ")
         text.append(kind, _COLOURS[kind])
-        text.append(f"  {', '.join(names[:2])}{more}: {group[0].reason}.\n      -> {advice}\n")
+        more = f", and {others} more" if others else ""
+        text.append(f"  {shorten(group[0].label, 60)} ({group[0].reason}){more}\n      -> {advice}\n")
     return text
 
 
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 1 else f"{value:.2g}"
+    if 0 < value < 0.01:
+        return "<0.01"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _percent(value: float | None) -> str:
