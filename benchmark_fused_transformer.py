@@ -8,9 +8,9 @@
     python benchmark_fused_transformer.py --load NEW.json --compare OLD.json
     python benchmark_fused_transformer.py --plot benchmarks/results/nvidia-h200
 
-Tables go to stdout, progress to stderr; the last line of stdout is one JSON object. Exit code 1: one of this project's
-own arms was wrong or failed, or a case could not be built; 2: a mistake in the arguments. benchmarks/ has the parts,
-docs/benchmarks.md the method.
+Tables go to stdout, progress to stderr; the last line of stdout is one JSON object. Ctrl-C keeps what was measured.
+Exit code 1: one of this project's own arms was wrong or failed, or a case could not be built; 2: a mistake in the
+arguments; 130: interrupted. benchmarks/ has the parts, docs/benchmarks.md the method.
 """
 
 import argparse
@@ -73,9 +73,12 @@ def main(arguments: list[str] | None = None) -> int:
         if args.plot:
             from benchmarks import plots
 
-            print(json.dumps({"plots": [str(path) for path in plots.draw(args.plot)]}))
+            drawn, left_out = plots.draw(args.plot)
+            for name, why in left_out.items():
+                print(f"no figure {name!r}: {why}", file=sys.stderr)
+            print(json.dumps({"plots": [str(path) for path in drawn], "not_drawn": left_out}))
             return 0
-        before = [row for rows in load(args.compare).values() for row in rows] if args.compare else []
+        before = together(load(args.compare)) if args.compare else []
         runs = load(args.load) if args.load else {}
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
@@ -88,13 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         with torch.no_grad():
             runs, summary = run(args, console)
-    rows = [row for run_rows in runs.values() for row in run_rows]
-    if not rows:
+    rows, interrupted = together(runs), summary.get("interrupted", False)
+    if not rows and not interrupted:
         return mistake(f"no arm has a name like {' or '.join(args.impl)}")
     summary["suites"] = {name: digest(run_rows) for name, run_rows in runs.items()}
     if args.compare:
-        summary["compared"] = compare(console, rows, before, all_of_it=not args.compare.is_dir())
+        if args.compare.is_dir() and not args.load:  # which may have suites that nobody asked for
+            before = [row for row in before if row["suite"] in {row["suite"] for row in rows}]
+        summary["compared"] = compare(console, rows, before)
     print(json.dumps(summary))
+    if interrupted:
+        return 130
     bad = [row for row in rows if row.get("error", "").startswith(("failed", "refused"))]
     return int(any(report.is_ours(row) or row["impl"] == "case" for row in bad))
 
@@ -105,7 +112,7 @@ def mistake(message: str) -> int:
 
 
 def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict]], dict]:
-    """(rows of each suite, summary); each suite is shown and saved as soon as it is finished."""
+    """(rows of each suite, summary); each suite is shown and saved as soon as it is finished, or interrupted."""
     begin = time.perf_counter()
     device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
     torch.manual_seed(0)
@@ -127,23 +134,32 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict
         whole = False
     if out is None and machine.is_cuda and whole:  # a part must not replace the whole's file
         out = results.DIRECTORY / results.slug(environment)
-    runs, files = {}, []
+    runs, files, interrupted = {}, [], False
     for suite in SUITES if "all" in args.suite else dict.fromkeys(args.suite):
-        cases = SUITES[suite](options, machine)
-        rows = []
-        for case in progress(suite, cases):
-            if args.deadline is not None and time.perf_counter() - begin > args.deadline:
-                rows.append(case.row("case", error=f"not reached: {args.deadline:g} s had passed"))
-            else:
-                rows += run_case(case, machine, args.impl)
+        cases, found = SUITES[suite](options, machine), []
+        try:
+            for case in progress(suite, cases):
+                if args.deadline is not None and time.perf_counter() - begin > args.deadline:
+                    found.append([case.row("case", error=f"not reached: {args.deadline:g} s had passed")])
+                else:
+                    found.append(run_case(case, machine, args.impl))
+        except KeyboardInterrupt:
+            interrupted = True
+        rows = [row for case_rows in found for row in case_rows]
+        if interrupted and not any(row["us"] for row in rows):
+            break  # nothing to keep: an older result of this suite stays as it is
+        rows += [case.row("case", error="not reached: interrupted") for case in cases[len(found) :]]
         runs[suite] = rows
         report.show(console, suite, rows)
         if out is not None:
             files.append(out / f"{'-'.join([suite, *args.model, *([args.mode] if args.mode else [])])}.json")
             results.save(files[-1], environment, rows)
+        if interrupted:
+            break
         release(machine)  # last: after an illegal access on the device it raises, and the rows that say so are saved
     seconds = round(time.perf_counter() - begin, 1)
-    return runs, {"environment": environment, "files": [str(path) for path in files], "seconds": seconds}
+    summary = {"environment": environment, "files": [str(path) for path in files], "seconds": seconds}
+    return runs, summary | ({"interrupted": True} if interrupted else {})
 
 
 def release(machine: Machine) -> None:
@@ -160,7 +176,9 @@ def headline(environment: dict) -> str:
     if environment["driver"] is None:
         what = "No GPU: these are the CPU implementations, timed by the wall clock, on few and small cases."
     else:
-        what = f"NVIDIA driver {environment['driver']}, clocks {environment['clocks']}."
+        clocks = environment["clocks"] or {}
+        clocks = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in clocks.items())
+        what = f"NVIDIA driver {environment['driver']}; at the start: {clocks or 'clocks not known'}."
     roof = f"Roof, measured now: {environment['roof_gbps']:,.0f} GB/s read, {environment['roof_tflops']:,.1f} TFLOP/s."
     return f"{environment['gpu']}, torch {environment['torch']}, triton {environment['triton']}. {what}\n{roof}"
 
@@ -193,6 +211,10 @@ def result_files(path: Path) -> Iterable[Path]:
     return [file for file in sorted(path.glob("*.json")) if file.stem.partition("-")[0] in SUITES]
 
 
+def together(runs: dict[str, list[dict]]) -> list[dict]:
+    return [row for rows in runs.values() for row in rows]
+
+
 def load(path: Path) -> dict[str, list[dict]]:
     """The rows of each result in a directory, or of the one file."""
     found = {file.stem: results.load(file)[1] for file in result_files(path)}
@@ -201,10 +223,12 @@ def load(path: Path) -> dict[str, list[dict]]:
     return found
 
 
-def compare(console: Console, rows: list[dict], before: list[dict], all_of_it: bool) -> dict:
-    """Prints what moved; returns how often each verdict was found. all_of_it: rows without an older one, too."""
-    changes = [change for change in results.compare(rows, before) if all_of_it or change.verdict != "new"]
+def compare(console: Console, rows: list[dict], before: list[dict]) -> dict:
+    """Prints what moved, and what only one of them has; returns how often each verdict was found."""
+    changes = results.compare(rows, before)
     console.print(report.change_table(changes))
+    for line in report.only_in("older run", before, rows) + report.only_in("newer run", rows, before):
+        console.print(f"  {line}", style="dim", highlight=False, markup=False)
     verdicts = [change.verdict for change in changes]
     return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
 
@@ -212,5 +236,5 @@ def compare(console: Console, rows: list[dict], before: list[dict], all_of_it: b
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except KeyboardInterrupt:  # suites that had finished are saved
+    except KeyboardInterrupt:  # before the first case, or a second time
         sys.exit(130)

@@ -7,4 +7,5 @@ gemm.py attention.py ffn.py norm.py decode.py     the suites: their cases, and t
 results.py     the JSON: environment, saving, comparing two runs
 report.py      tables
 plots.py       figures, from the JSON alone
+agreement.py   the peers' times beside those of other scripts: the table of docs/benchmarks.md
 """

@@ -31,40 +31,48 @@ MARKS = {  # of a product: colour and marker
 }  # fmt: skip
 
 
-def draw(directory: Path) -> list[Path]:
-    """Draws what the results in `directory` have the rows for, into directory/plots; the files that were written.
+class TooLittle(Exception):
+    """What the results lack for a figure."""
 
-    ValueError if they have none.
+
+def draw(directory: Path) -> tuple[list[Path], dict[str, str]]:
+    """Draws what the results in `directory` have the rows for, into directory/plots: (the files that were written, why
+    each other figure was not drawn).
+
+    ValueError if there is nothing that any could be drawn from.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     runs = [results.load(path) for path in sorted(Path(directory).glob("*.json")) if _is_result(path)]
-    rows = [row for _, cases in runs for row in cases if row.get("us") is not None]
-    figures = {"latency": latency, "roof": roof, "speedup": speedup}
-    written = []
-    for name, figure in figures.items():
-        for theme in THEMES:
-            written += _save(Path(directory) / "plots", f"{name}-{theme}", theme, figure, rows, runs)
+    written, left_out = [], {}
+    for name, (suite, figure) in FIGURES.items():
+        found = [(env, row) for env, cases in runs for row in cases if row["suite"] == suite and row["us"] is not None]
+        try:
+            if not found:
+                raise TooLittle(f"the suite {suite} has no times")
+            for theme in THEMES:
+                rows = [row for _, row in found]
+                written += _save(Path(directory) / "plots", f"{name}-{theme}", theme, figure, rows, found[0][0])
+        except TooLittle as e:
+            left_out[name] = str(e)
     if not written:
-        raise ValueError(f"{directory} has no results that a figure can be drawn from")
-    return written
+        raise ValueError(f"{directory} has no results that a figure can be drawn from: {'; '.join(left_out.values())}")
+    return written, left_out
 
 
 def _is_result(path: Path) -> bool:
-    return path.stem.partition("-")[0] in ("gemm", "decode")
+    return path.stem.partition("-")[0] in {suite for suite, _ in FIGURES.values()}
 
 
-def _save(directory: Path, name: str, theme: str, figure: Callable, rows: list[dict], runs: list) -> list[Path]:
+def _save(directory: Path, name: str, theme: str, figure: Callable, rows: list[dict], environment: dict) -> list[Path]:
     import matplotlib.pyplot as plt
 
     with _style(theme) as colours:
         drawn = figure(rows, colours)
-        if drawn is None:
-            return []
-        environment = runs[0][0]
         caption = f"{environment['gpu']}, torch {environment['torch']}, {environment['date']}"
-        drawn.text(0.995, 0.99, caption, ha="right", va="top", fontsize=7.5, alpha=0.7)
+        below_title = 1 - 0.27 / drawn.get_figheight()
+        drawn.text(0.01, below_title, caption, ha="left", va="top", fontsize=8, alpha=0.75)
         directory.mkdir(parents=True, exist_ok=True)
         paths = [directory / f"{name}.{kind}" for kind in ("svg", "png")]
         for path in paths:  # no date inside, so that a figure changes only with its data
@@ -90,35 +98,47 @@ def _style(theme: str) -> Iterator[tuple[str, ...]]:
 
 
 def latency(rows: list[dict], colours: tuple[str, ...]):
-    """Two panels for the model with the most points: milliseconds a decode step, the band from p20 to p80."""
+    """Milliseconds a decode step of the model with the most points, the band from p20 to p80; a panel for each sweep
+    that has two points or more."""
     import matplotlib.pyplot as plt
 
-    rows = [row for row in rows if row["suite"] == "decode" and row["impl"] in LINES]
+    rows = [row for row in rows if row["impl"] in LINES]
     counts = {model: sum(row["model"] == model for row in rows) for model in {row["model"] for row in rows}}
     if not counts:
-        return None
+        raise TooLittle(f"the suite decode has no times of {', '.join(LINES)}")
     model = max(sorted(counts), key=counts.get)
     rows = [row for row in rows if row["model"] == model]
-    panels = {"batch size": ("B", "L", rows), "sequence length (tokens attended to)": ("L", "B", rows)}
-    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 3.5), sharey=True, layout="constrained")
-    for axis, (label, (x, fixed, points)) in zip(axes, panels.items(), strict=True):
-        at = _most_common(points, fixed, x)
+    panels = []
+    for label, x, fixed in (("batch size", "B", "L"), ("sequence length (tokens attended to)", "L", "B")):
+        at = _most_common(rows, fixed, x)
+        points = [row for row in rows if row[fixed] == at]
+        if len({row[x] for row in points}) > 1:
+            panels.append((label, x, f"{'sequence length' if fixed == 'L' else 'batch size'} {at}", points))
+    if not panels:
+        raise TooLittle(f"the suite decode has one batch size and one sequence length of {model}, and a line needs two")
+    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 3.6), sharey=True, squeeze=False, layout="constrained")
+    for axis, (label, x, title, points) in zip(axes[0], panels, strict=True):
         for colour, (impl, name) in zip(colours, LINES.items(), strict=False):
-            line = {row[x]: row for row in points if row["impl"] == impl and row[fixed] == at}
+            line = {row[x]: row for row in points if row["impl"] == impl}
             xs = sorted(line)
             axis.plot(xs, [line[i]["us"] / 1e3 for i in xs], marker="o", ms=4, color=colour, label=name)
             low, high = ([line[i][key] / 1e3 for i in xs] for key in ("us_p20", "us_p80"))
             axis.fill_between(xs, low, high, color=colour, alpha=0.2, lw=0)
         axis.set_xscale("log", base=2)
-        ticks = sorted({row[x] for row in points if row[fixed] == at})
+        ticks = sorted({row[x] for row in points})
         axis.set_xticks(ticks, [str(tick) for tick in ticks])
+        axis.minorticks_off()
         axis.set_xlabel(label)
-        axis.set_title(f"{'sequence length' if fixed == 'L' else 'batch size'} {at}", loc="left")
-    axes[0].set_ylim(bottom=0)
-    axes[0].set_ylabel("milliseconds a step")
-    figure.suptitle(f"One decode step of {model}: lower is better", x=0.01, ha="left", fontsize=12, weight="bold")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
+        axis.set_title(title, loc="left")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].set_ylabel("milliseconds a step")
+    _title(figure, f"One decode step of {model}: lower is better")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
+
+
+def _title(figure, text: str) -> None:
+    figure.suptitle(f"{text}\n", x=0.01, ha="left", fontsize=12, weight="bold")  # the caption stands on the second line
 
 
 def _most_common(rows: list[dict], key: str, over: str) -> int:
@@ -133,7 +153,8 @@ def roof(rows: list[dict], colours: tuple[str, ...]):
         rows,
         colours,
         lambda case, row: row["roof_fraction"] * 100 if row["impl"].endswith("int4") else None,
-        "INT4 products: per cent of the memory roof, higher is better",
+        "INT4 products, y = x Wᵀ: how much of the memory roof they reach",
+        "% of the roof: higher is better",
         (0, 100),
     )
 
@@ -145,19 +166,24 @@ def speedup(rows: list[dict], colours: tuple[str, ...]):
         ours = report.best(case, ours=True)
         return None if ours is None or report.is_ours(row) else row["us"] / ours["us"]
 
-    return _by_shape(rows, colours, ratio, "How many times faster Tiny-GEMM's INT4 product is than ...", None)
+    title = "INT4 product of Tiny-GEMM: how many times faster than its peers"
+    return _by_shape(rows, colours, ratio, title, "a peer's time / Tiny-GEMM's; 1: the same", None)
 
 
-def _by_shape(rows: list[dict], colours, value: Callable, title: str, limits: tuple[float, float] | None):
+def _by_shape(rows: list[dict], colours, value: Callable, title: str, label: str, limits: tuple[float, float] | None):
+    """Shapes from the smallest to the largest, of each group size and dtype by themselves."""
     import matplotlib.pyplot as plt
 
-    panels = {m: [row for row in rows if row["suite"] == "gemm" and row["M"] == m] for m in (1, 8)}
+    panels = {m: [row for row in rows if row["M"] == m] for m in (1, 8)}
     panels = {m: report.by_case(panel) for m, panel in panels.items() if panel}
     if not panels:
-        return None
-    names = list(dict.fromkeys(_shape(case) for cases in panels.values() for case in cases.values()))
-    size = (WIDTH, 1.3 + 0.24 * len(names))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        raise TooLittle("the suite gemm has no times at M = 1 or 8")
+    drawn = [case for cases in panels.values() for case in cases.values()]
+    names = list(dict.fromkeys(_shape(case) for case in sorted(drawn, key=_order)))
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(WIDTH, 1.7 + 0.24 * len(names)), sharex=True, sharey=True, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
     seen = {}
     for axis, (m, cases) in zip(axes[0], panels.items(), strict=True):
         for case in cases.values():
@@ -168,23 +194,36 @@ def _by_shape(rows: list[dict], colours, value: Callable, title: str, limits: tu
                 colour, marker = MARKS.get(row["impl"], (4, "x"))
                 y = names.index(_shape(case))
                 seen[row["impl"]] = axis.scatter(
-                    x, y, color=colours[colour], marker=marker, s=28, label=row["impl"], zorder=3
-                )
+                    x, y, color=colours[colour], marker=marker, s=34, label=row["impl"], lw=0.7,
+                    edgecolor=plt.rcParams["axes.facecolor"], zorder=4 if report.is_ours(row) else 3,
+                )  # fmt: skip
         axis.set_yticks(range(len(names)), names, fontsize=8.5)
-        axis.set_title(f"K × N, M = {m}", loc="left")
-        axis.grid(axis="x", alpha=0.4)
+        axis.tick_params(axis="y", length=0)
+        axis.set_title(f"M = {m}", loc="left")
+        axis.set_xlabel(label, fontsize=9)
+        axis.grid(alpha=0.6)
         if limits:
             axis.set_xlim(*limits)
         else:
             axis.axvline(1, color=plt.rcParams["text.color"], lw=1)
-            axis.set_xlim(left=0)
-    axes[0][0].invert_yaxis()
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
-    figure.legend(seen.values(), seen.keys(), loc="outside lower left", ncols=5)
+            axis.set_xlim(0, 1.04 * axis.dataLim.x1)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
+    axes[0][0].set_ylabel("K × N, group size", fontsize=9)
+    _title(figure, title)
+    marks = [impl for impl in dict.fromkeys((*MARKS, *seen)) if impl in seen]
+    figure.legend([seen[impl] for impl in marks], marks, loc="outside lower left", ncols=len(marks), handletextpad=0.1)
     return figure
+
+
+def _order(case: list[dict]) -> tuple:
+    row = case[0]
+    return row["dtype"] != "bfloat16", "zeros" in row["shape"], -row["group_size"], row["K"] * row["N"], row["shape"]
 
 
 def _shape(case: list[dict]) -> str:
     row = case[0]
     dtype = "" if row["dtype"] == "bfloat16" else f" {row['dtype']}"
     return f"{row['model'] or ''} {row['shape'].replace('x', ' × ')}, g{row['group_size']}{dtype}".strip()
+
+
+FIGURES = {"latency": ("decode", latency), "roof": ("gemm", roof), "speedup": ("gemm", speedup)}  # name: suite, drawing

@@ -84,12 +84,12 @@ def _refuse_constant(name: str) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """One arm of one case in two runs. ratio: new over old; None where one of them has no time."""
+    """One arm of one case that two runs have. ratio: new over old; None where one of them has no time."""
 
     row: dict
-    old: dict | None
+    old: dict
     ratio: float | None
-    verdict: str  # "same", "faster", "slower"; "new", "no longer measured", "now measured"
+    verdict: str  # "same", "faster", "slower"; "no longer measured", "now measured"
 
 
 def identity(row: dict) -> tuple:
@@ -97,14 +97,15 @@ def identity(row: dict) -> tuple:
 
 
 def compare(new: list[dict], old: list[dict]) -> list[Change]:
-    """A time has moved if it did so by more than the noise: the wider of both runs' p20 to p80, and at least 2 %."""
+    """What both have; report.only_in says what one of them has alone. A time has moved if it did so by more than the
+    noise: the wider of both runs' p20 to p80, and at least 2 %."""
     before = {identity(row): row for row in old}
     changes = []
     for row in new:
         was = before.get(identity(row))
         if was is None:
-            changes.append(Change(row, None, None, "new"))
-        elif row["us"] is None or was["us"] is None:
+            continue
+        if row["us"] is None or was["us"] is None:
             verdict = "same" if row["us"] == was["us"] else "now measured" if row["us"] else "no longer measured"
             changes.append(Change(row, was, None, verdict))
         else:

@@ -151,9 +151,15 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
+    with torch.cuda.stream(side):  # torch.cuda.graph would also hand all cached memory back, each time
+        torch.cuda.synchronize()
+        graph.capture_begin()
+        try:
+            for call in calls:
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
     return graph
 
 

@@ -1,6 +1,7 @@
 """The benchmark harness: how arms are checked and timed, the results' schema, comparison, figures, the front door."""
 
 import functools
+import io
 import json
 import math
 import weakref
@@ -8,9 +9,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 import benchmark_fused_transformer as front_door
-from benchmarks import attention, cases, decode, gemm, plots, presets, report, results, timing
+from benchmarks import agreement, attention, cases, decode, gemm, plots, presets, report, results, timing
 from benchmarks.cases import Absent, Arm, Case, Options, Work, relative_error, run_case
 from benchmarks.timing import Machine, Times, interleave
 
@@ -354,9 +356,25 @@ def test_comparison_marks_what_moved_by_more_than_the_noise():
         row(M=7),
     ]
     changes = results.compare(new, old)
-    verdicts = ["same", "same", "slower", "faster", "no longer measured", "new", "now measured"]
+    verdicts = ["same", "same", "slower", "faster", "no longer measured", "now measured"]
     assert [change.verdict for change in changes] == verdicts
-    assert changes[2].ratio == pytest.approx(1.05) and changes[5].ratio is None
+    assert changes[2].ratio == pytest.approx(1.05) and changes[4].ratio is None
+
+
+def test_comparison_says_what_only_one_run_has():
+    not_begun = row("case", None, M=8) | {"error": "not reached: interrupted"}
+    old = [row(impl, M=m) for m in (1, 2, 8) for impl in ("pytorch", "tiny-gemm-int4")] + [row("gemlite-int4", M=1)]
+    new = [row(impl, M=m) for m in (1, 2, 4) for impl in ("pytorch", "tiny-gemm-int4")] + [not_begun]
+    new.remove(row("pytorch", M=2))
+    assert report.only_in("old", old, new) == [
+        "only in the old: gemm gemlite-int4 (1 case)",
+        "only in the old: gemm 64x64 M 2 g32: pytorch",
+        "only in the old: gemm 64x64 M 8 g32 (not reached: interrupted)",
+    ]
+    assert report.only_in("new", new, old) == ["only in the new: gemm 64x64 M 4 g32"]
+    assert report.only_in("old", old, old) == []
+    other_suite = [row(suite="ffn")]
+    assert report.only_in("new", other_suite, old) == ["only in the new: the suite ffn (1 case)"]
 
 
 def test_speedup_is_over_the_best_peer_of_the_same_kind():
@@ -365,6 +383,57 @@ def test_speedup_is_over_the_best_peer_of_the_same_kind():
     wall = row("transformers", 1.0) | {"timing": "wall"}
     assert report.speedup([*rows, wall]) == pytest.approx(1.5)
     assert report.speedup(rows[2:]) is None
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_a_table_is_whole_and_says_what_it_compares(width):
+    rows = [row("pytorch", 30.0), row("aten-int4", 15.0), row("tiny-gemm-int4-generate", 12345.0), row(us=10.0)]
+    rows[2]["timing"] = "wall"
+    rows += [row("case", None, M=8) | {"error": "not reached: 9 s had passed"}]
+    rows[3]["note"] = "a note"
+    console = Console(width=width, file=io.StringIO())
+    report.show(console, "gemm", rows)
+    out = console.file.getvalue()
+    line = next(line for line in out.splitlines() if " M 1 g32" in line)
+    assert line.split() == [
+        "64x64",
+        "M",
+        "1",
+        "g32",
+        "30.0",
+        "15.0",
+        "12,345",
+        "10.0",
+        "5.00",
+        "50%",
+        "aten-int4",
+        "1.50",
+    ]
+    assert next(line for line in out.splitlines() if "M 8" in line).split()[4:] == ["not", "reached"]
+    words = " ".join(out.split())
+    assert "x peer: the time of the fastest peer" in words and "(wall): timed by the wall clock" in words
+    assert "tiny-gemm-int4: a note" in words and "1 case not reached: 9 s had passed" in words
+
+
+def test_agreement_is_of_the_cases_that_both_have(tmp_path, capsys):
+    product = functools.partial(row, shape="2048x2048", K=2048, N=2048, group_size=128)
+    other = functools.partial(row, shape="4096x4096", K=4096, N=4096, group_size=128)
+    attends = {"suite": "attention", "K": None, "N": None, "M": None, "group_size": None, "B": 1}
+    step = {"suite": "decode", "model": "Llama-3.2-1B", "shape": "B 1 L 512", "B": 1, "L": 512, "group_size": 128}
+    rows = {
+        "gemm": [product("aten-int4", 3.9), other("aten-int4", 13.8), product("gemlite-int4", None), product(us=1.0)],
+        "attention": [row("sdpa-flash", 9.3, shape="decode 32/8 D128", L=512, **attends)],
+        "decode": [row("transformers", 14400.0, **step | {"M": None, "K": None, "N": None})],
+    }
+    for suite, of_suite in rows.items():
+        results.save(tmp_path / f"{suite}.json", results.environment(CPU, git_sha="abc"), of_suite)
+    assert agreement.main([str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| aten tinygemm, M = 1 | 2 | 1.50 (1.00 to 2.00) | 4096 × 4096: 13.8 / 6.90 |",
+        "| SDPA flash, decode | 1 | 1.00 |  |",
+        "| whole step: transformers, dynamic cache | 1 | 1.00 |  |",
+    ]
+    assert agreement.main([str(tmp_path / "nowhere")]) == 2 and agreement.main([]) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- plots
@@ -386,13 +455,44 @@ def test_plots_come_from_the_json_alone(tmp_path):
     ]
     results.save(tmp_path / "decode.json", environment, steps)
     (tmp_path / "gpu_tests.json").write_text("{}")
-    drawn = plots.draw(tmp_path)
+    drawn, left_out = plots.draw(tmp_path)
+    assert left_out == {}
     names = {f"{figure}-{theme}.{kind}" for figure in ("latency", "roof", "speedup") for theme in plots.THEMES
              for kind in ("svg", "png")}  # fmt: skip
     assert {path.name for path in drawn} == names and all(path.stat().st_size > 5000 for path in drawn)
     before = {path: path.read_bytes() for path in drawn if path.suffix == ".svg"}
     plots.draw(tmp_path)
     assert all(path.read_bytes() == content for path, content in before.items()), "the same data, the same file"
+
+
+def test_a_figure_that_lacks_its_rows_is_left_out_and_says_why(tmp_path, capsys):
+    """A sweep that was stopped after its first point; one of the two sweeps alone."""
+    pytest.importorskip("matplotlib")
+    environment = results.environment(CPU, git_sha="abc")
+    one = [row(impl, suite="decode", model="m", shape="", B=1, L=512, M=None) for impl in plots.LINES]
+    results.save(tmp_path / "decode.json", environment, [*one, row("case", None, suite="decode") | {"error": "not"}])
+    results.save(tmp_path / "gemm.json", environment, [row("pytorch", 20.0), row()])
+    assert front_door.main(["--plot", str(tmp_path)]) == 0
+    printed = capsys.readouterr()
+    assert "no figure 'latency'" in printed.err and "a line needs two" in printed.err
+    assert list(json.loads(printed.out)["not_drawn"]) == ["latency"]
+    assert not list((tmp_path / "plots").glob("latency*")) and list((tmp_path / "plots").glob("roof*"))
+    two = [r | {"B": b} for r in one for b in (1, 2)]
+    assert len(plots.latency(two, plots.THEMES["light"]["colours"]).axes) == 1
+
+
+def test_shapes_are_drawn_from_small_to_large(tmp_path):
+    pytest.importorskip("matplotlib")
+    shapes = [(4096, 128, "bfloat16"), (64, 32, "bfloat16"), (2048, 128, "bfloat16"), (2048, 128, "float16")]
+    rows = [
+        row(shape=f"{n}x{n}", K=n, N=n, group_size=group, dtype=dtype, M=m)
+        for n, group, dtype in shapes
+        for m in (8, 1)
+    ]
+    axes = plots.roof(rows, plots.THEMES["light"]["colours"]).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "2048 × 2048, g128", "4096 × 4096, g128", "64 × 64, g32", "2048 × 2048, g128 float16"
+    ]  # fmt: skip
 
 
 def test_nothing_to_plot_is_an_error(tmp_path):
@@ -437,6 +537,30 @@ def test_what_is_not_reached_is_a_row(tmp_path, capsys, monkeypatch):
     assert rows and all(r["error"].startswith("not reached: ") for r in rows)
 
 
+@pytest.mark.parametrize("at, measured", [(0, 0), (1, 1), (3, 3)], ids=["first", "second", "next suite"])
+def test_ctrl_c_keeps_what_was_measured(at, measured, tmp_path, capsys, monkeypatch):
+    """The interrupted case and those after it become rows; a suite of which nothing was measured is not written."""
+    begun = []
+
+    def run_one(case, *_):
+        begun.append(case)
+        if len(begun) > at:
+            raise KeyboardInterrupt
+        return [case.row("tiny-gemm", us=2.0, us_p20=1.0, us_p80=3.0, floor_us=1.0, roof_fraction=0.5)]
+
+    monkeypatch.setattr(front_door, "measure_machine", lambda device: CPU)
+    monkeypatch.setattr(front_door, "run_case", run_one)
+    arguments = ["--device", "cpu", "--suite", "norm", "ffn", "--model", "tiny", "--batch-sizes", "1", "2", "3"]
+    assert front_door.main([*arguments, "--out", str(tmp_path)]) == 130
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert summary["interrupted"] and len(summary["files"]) == (measured > 0) and len(begun) == at + 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["norm-tiny.json"] * (measured > 0)
+    if measured:
+        _, rows = results.load(tmp_path / "norm-tiny.json")
+        assert [r["M"] for r in rows] == [1, 2, 3] and [r["us"] for r in rows] == [2.0] * at + [None] * (3 - at)
+        assert all(r["error"] == "not reached: interrupted" for r in rows[at:])
+
+
 def test_a_case_that_cannot_be_built_is_exit_code_1(capsys, monkeypatch):
     monkeypatch.setattr(front_door, "measure_machine", lambda device: CPU)
     arguments = ["--device", "cpu", "--suite", "decode", "--model", "tiny", "--batch-sizes", "1"]
@@ -466,7 +590,12 @@ def test_saved_results_are_shown_and_compared(tmp_path, capsys):
     assert front_door.main(arguments) == 0
     out = capsys.readouterr().out
     assert "0.800" in out and "faster" in out and "2.50" in out
-    assert json.loads(out.splitlines()[-1])["compared"] == {"faster": 1, "same": 1}
+    assert json.loads(out.splitlines()[-1])["compared"] == {"faster": 1, "same": 1} and "only in" not in out
+    results.save(tmp_path / "old" / "norm.json", environment, [row(suite="norm")])
+    results.save(tmp_path / "new" / "ffn.json", environment, [row(suite="ffn")])
+    assert front_door.main(["--load", str(tmp_path / "new"), "--compare", str(tmp_path / "old")]) == 0
+    out = capsys.readouterr().out
+    assert "only in the older run: the suite norm" in out and "only in the newer run: the suite ffn" in out
 
 
 # ----------------------------------------------------------------------------------------------------------- on a GPU
