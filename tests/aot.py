@@ -14,12 +14,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from tiny_gemm.device import DeviceFacts
+from tiny_gemm.launcher import Launcher
 
 KIB = 1024
 SHARED_MEMORY_LIMIT = {  # bytes a block may use
@@ -45,6 +47,7 @@ _SASS_PATTERNS = {  # of an opcode with its modifiers
     "UTCHMMA": r"UTC\w*MMA.*",  # tcgen05
     "LOP3": r"LOP3.*",
     "ATOM": r"(ATOMG?|ATOMS|REDG?)\..*",
+    "LDSM": r"LDSM.*",
     "LDL": r"LDL.*",
     "STL": r"STL.*",
 }
@@ -119,6 +122,21 @@ def compile_kernel(
         tensor_memory=getattr(binary.metadata, "tmem_size", 0),
         **inspect(binary),
     )
+
+
+def compile_launch(
+    launcher: Launcher,
+    target: str,
+    signature: Mapping[str, str | None],
+    constants: Mapping[str, object] = MappingProxyType({}),
+    **keywords,
+) -> Compiled:
+    """Compiles what `launcher` launches. Arguments that neither signature nor constants name are None."""
+    signature = {name: type_ for name, type_ in signature.items() if type_ is not None}
+    known = launcher.meta | constants
+    constants = {name: known.get(name) for name in launcher.kernel.arg_names if name not in signature}
+    options = {name: known[name] for name in ("num_warps", "maxnreg") if name in known}
+    return compile_kernel(launcher.kernel, target, signature, constants, **options, **keywords)
 
 
 def check(compiled: Compiled, *, tensor_cores: bool = True, vector_loads: bool = True, may_spill: bool = False) -> None:

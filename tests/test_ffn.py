@@ -8,7 +8,7 @@ import torch
 from conftest import assert_close
 
 from tiny_gemm import ops
-from tiny_gemm.quantize_utils import quantize, unit_k
+from tiny_gemm.quantize_utils import quantize
 from tiny_gemm.reference import fused_ffn_ref, int4_ffn_ref
 from tiny_gemm.triton_fused_transformer import ffn
 
@@ -115,49 +115,45 @@ def test_barrier_holds_when_programs_dawdle(monkeypatch):
         assert_close(y, expected, factor=2)
 
 
-# d, h, n, rows, bytes a weight, group sizes, dtype of zeros
-COMPILED = {
-    "dense": (2048, 8192, 2048, 1, 2, None, None),
-    "dense-16-rows": (2048, 8192, 2048, 16, 2, None, None),
-    "g128": (4096, 14336, 4096, 1, 0.5, 128, None),
-    "smollm2": (576, 1536, 576, 1, 0.5, 32, "*fp32"),
-    "g32-16-rows": (2048, 8192, 2048, 16, 0.5, 32, "*fp32"),
+COMPILED = {  # d, h, n, rows, group size (None: 16 bits), dtype of zeros
+    "dense": (2048, 8192, 2048, 1, None, None),
+    "dense-16-rows": (2048, 8192, 2048, 16, None, None),
+    "g128": (4096, 14336, 4096, 1, 128, None),
+    "g128-8-rows": (2048, 8192, 2048, 8, 128, None),
+    "g128-zeros": (4096, 14336, 4096, 8, 128, "*fp16"),
+    "smollm2": (576, 1536, 576, 1, 32, "*fp32"),
+    "g32-16-rows": (2048, 8192, 2048, 16, 32, "*fp32"),
 }
 
 
 def compile_ffn(target, name):
     """The gated kernel that the launcher would run on a large chip of this target."""
-    d, h, n, rows, weight_bytes, group_size, zeros = COMPILED[name]
+    d, h, n, rows, group_size, zeros = COMPILED[name]
     facts = aot.device_facts(target)
-    config = ffn.pick_config(rows, d, h, n, weight_bytes, facts)
-    pointers = {name: "*bf16" for name in ("x_ptr", "hidden_ptr", "y_ptr")} | {"barrier_ptr": "*i32"}
-    sizes = dict.fromkeys(("M", "D", "H", "N", "stride_xm"), "i32")
-    constants = {"b1_ptr": None, "b2_ptr": None, "ACTIVATION": "silu", "USE_ASM": facts.is_nvidia, "PDL": facts.has_pdl}
-    constants |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SLICES": config.slices}
-    constants |= {"STAGES": config.stages}
+    signature = {name: "*bf16" for name in ("x_ptr", "hidden_ptr", "y_ptr")} | {"barrier_ptr": "*i32"}
+    signature |= dict.fromkeys(("M", "D", "H", "N", "stride_xm"), "i32")
+    group_sizes = None if group_size is None else (group_size, group_size)
+    launcher, _ = ffn.plan(rows, d, h, n, "silu", group_sizes, facts)
+    weights = ("w1_ptr", "wg_ptr", "w2_ptr")
     if group_size is None:
-        weights = dict.fromkeys(("w1_ptr", "wg_ptr", "w2_ptr"), "*bf16")
-        weights |= dict.fromkeys(("stride_w1n", "stride_wgn", "stride_w2n"), "i32")
-        constants |= {"stride_w1k": 1, "stride_wgk": 1, "stride_w2k": 1, "BLOCK_K": config.block_k}
-        kernel = ffn._dense_ffn_kernel
+        signature |= dict.fromkeys(weights, "*bf16") | dict.fromkeys(("stride_w1n", "stride_wgn", "stride_w2n"), "i32")
+        ones = dict.fromkeys(("stride_w1k", "stride_wgk", "stride_w2k"), 1)
     else:
-        weights = dict.fromkeys(("w1_ptr", "wg_ptr", "w2_ptr"), "*i16")
-        weights |= dict.fromkeys(("s1_ptr", "sg_ptr", "s2_ptr"), "*fp16")
-        z_ptrs = ("z1_ptr", "zg_ptr", "z2_ptr")
-        weights |= dict.fromkeys(z_ptrs, zeros) if zeros else {}
-        constants |= {} if zeros else dict.fromkeys(z_ptrs)
-        constants |= {"UNIT1": unit_k(d), "UNIT2": unit_k(h), "GROUP_SIZE1": group_size, "GROUP_SIZE2": group_size}
-        kernel = ffn._int4_ffn_kernel
-    options = {"num_warps": config.slices} | ({"maxnreg": ffn.MAX_REGISTERS} if facts.is_nvidia else {})
-    return aot.compile_kernel(kernel, target, pointers | sizes | weights, constants, unaligned=("M",), **options)
+        signature |= dict.fromkeys(weights, "*i16") | dict.fromkeys(("s1_ptr", "sg_ptr", "s2_ptr"), "*fp16")
+        signature |= dict.fromkeys(("z1_ptr", "zg_ptr", "z2_ptr"), zeros)
+        ones = {}
+    return aot.compile_launch(launcher, target, signature, ones, unaligned=("M",))
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", COMPILED)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
-    # On AMD a unit of 64 columns, 32 bytes a row, is loaded in narrower pieces.
-    aot.check(compile_ffn(target, name), vector_loads=not (target == "gfx942" and name == "smollm2"))
+    # On AMD a unit of 64 columns, 32 bytes a row, is loaded in narrower pieces. With zeros and two units at a time
+    # ptxas spills a few registers of 255 on sm_90.
+    compiled = compile_ffn(target, name)
+    few_spills = (name, target) == ("g128-zeros", "sm_90") and compiled.spills <= 4
+    aot.check(compiled, vector_loads=not (target == "gfx942" and name == "smollm2"), may_spill=few_spills)
 
 
 @pytest.mark.aot

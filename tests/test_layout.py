@@ -19,8 +19,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "device": set(),
     "tokenizer": set(),
     "reference": {"quantize_utils", "device"},
-    "triton_gemm": {"quantize_utils", "device"},
-    "triton_fused_transformer": {"quantize_utils", "device", "triton_gemm"},
+    "launcher": {"device"},
+    "triton_gemm": {"quantize_utils", "device", "launcher"},
+    "triton_fused_transformer": {"quantize_utils", "device", "launcher", "triton_gemm"},
     "ops": {"quantize_utils", "device", "reference", "triton_gemm", "triton_fused_transformer"},
     "model": {"quantize_utils", "device", "ops"},
     "checkpoint": {"quantize_utils", "device", "ops", "model", "tokenizer"},
@@ -34,7 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"quantize_utils"},
     "__main__": {"cli"},
 }
-KERNELS = {"triton_gemm", "triton_fused_transformer"}
+KERNELS = {"launcher", "triton_gemm", "triton_fused_transformer"}
 CORE_DEPENDENCIES = {"jinja2", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer"}
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from tiny_gemm import ops, reference
 from tiny_gemm.quantize_utils import Int4Weight, dequantize, quantize
@@ -68,6 +69,14 @@ def int4_ffn_case(d, h, n, gated, activation, group_size, symmetric):
     return Case(ops.int4_ffn, reference.int4_ffn_ref, make)
 
 
+def int4_gated_case(k, n, activation, group_size, symmetric):
+    def make(rows, dtype):
+        w, gate = (int4(n, k, group_size, symmetric, seed) for seed in (3, 4))
+        return ((randn(rows, k, seed=6) / k**0.5).to(dtype), w, gate), {"activation": activation}
+
+    return Case(ops.int4_gated_linear, reference.int4_gated_linear_ref, make)
+
+
 def norm_case(op, oracle, d, with_bias, with_residual):
     def make(rows, dtype):
         x, weight = randn(rows, d, seed=1, dtype=dtype), randn(d, seed=2, dtype=dtype)
@@ -118,6 +127,8 @@ CASES = {
     "fused_ffn-swiglu": ffn_case(64, 96, 64, True, "silu"),
     "int4_ffn-gelu": int4_ffn_case(128, 256, 64, False, "gelu", 64, True),
     "int4_ffn-swiglu": int4_ffn_case(96, 160, 96, True, "silu", 32, False),
+    "int4_gated_linear": int4_gated_case(128, 192, "silu", 64, True),
+    "int4_gated_linear-zeros": int4_gated_case(96, 50, "gelu_tanh", 32, False),
     "rms_norm": norm_case(ops.rms_norm, reference.rms_norm_ref, 100, False, False),
     "rms_norm-residual": norm_case(ops.rms_norm, reference.rms_norm_ref, 576, False, True),
     "rms_norm-heads": heads_norm_case(ops.rms_norm, reference.rms_norm_ref, with_residual=False),
@@ -171,7 +182,7 @@ def overload_and_parts(case, args, kwargs):
 @every_case
 def test_matches_the_oracle(case, dtype, rows, device, poisoned):
     args, kwargs = arguments(case, rows, dtype, device)
-    if device == "cuda" and dtype == torch.float32 and case.op in (ops.int4_gemm, ops.int4_ffn):
+    if device == "cuda" and dtype == torch.float32 and case.op in (ops.int4_gemm, ops.int4_ffn, ops.int4_gated_linear):
         with pytest.raises(TypeError, match="bfloat16 or float16"):
             case.op(*args, **kwargs)
         return
@@ -239,7 +250,8 @@ def test_same_bits_again(case, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @every_case
 def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_8(case, dtype, device):
-    if device == "cpu" and case.op in (ops.fused_ffn, ops.fused_attention, ops.int4_ffn, ops.int4_gemm):
+    products = ops.fused_ffn, ops.fused_attention, ops.int4_ffn, ops.int4_gemm, ops.int4_gated_linear
+    if device == "cpu" and case.op in products:
         pytest.skip("on CPU these are MKL and oneDNN calls, which choose their blocking by the number of rows")
     args, kwargs = arguments(case, 8, dtype, device)
     together = flat(case.op(*fresh(case, args), **kwargs))
@@ -336,14 +348,54 @@ def test_autocast_does_not_reach_inside(device):
         assert torch.equal(ops.fused_ffn(*args), expected)
 
 
+@every_device
 @every_case
-def test_the_short_cut_on_cpu_gives_the_ops_result(case):
-    """Plain CPU tensors skip the dispatcher; through torch.ops the same bits come out."""
-    args, kwargs = arguments(case, 2, torch.bfloat16, "cpu")
+def test_the_short_cut_gives_the_ops_result(case, device):
+    """Plain tensors skip the dispatcher; through torch.ops the same bits come out."""
+    args, kwargs = arguments(case, 2, torch.bfloat16, device)
     overload, parts, part_kwargs = overload_and_parts(case, args, kwargs)
     direct, parts = fresh(case, args), tuple(p.clone() if isinstance(p, torch.Tensor) else p for p in parts)
     for a, e in zip(flat(case.op(*direct, **kwargs)), flat(overload(*parts, **part_kwargs)), strict=True):
         assert torch.equal(a, e)
+
+
+def within(context):
+    def call(f, x):
+        with context():
+            return f(x)
+
+    return call
+
+
+WATCHERS = {
+    "compile": lambda f, x: torch.compile(f, backend="eager", fullgraph=True)(x),
+    "trace": lambda f, x: torch.jit.trace(f, x, check_trace=False)(x),
+    "vmap": lambda f, x: torch.vmap(f)(x),
+    "autocast": within(lambda: torch.autocast("cpu")),
+    "profiler": within(torch.profiler.profile),
+    "dispatch-mode": within(lambda: FlopCounterMode(display=False)),
+}
+
+
+@pytest.mark.parametrize("watch", WATCHERS.values(), ids=WATCHERS.keys())
+def test_nobody_who_watches_is_bypassed(watch):
+    x, add_one_if_plain = randn(3, 64), lambda x: x + int(ops._is_plain(x))
+    assert torch.equal(add_one_if_plain(x), x + 1)
+    assert torch.equal(watch(add_one_if_plain, x), x)
+    assert torch.equal(add_one_if_plain(x), x + 1)
+
+
+def test_only_plain_tensors_skip_the_dispatcher():
+    class Subclass(torch.Tensor):
+        pass
+
+    x = randn(3, 64)
+    assert ops._is_plain(x, x, torch.nn.Parameter(x), optional=(None, x))
+    for other in (x.clone().requires_grad_(), torch.nn.Parameter(x), x.long(), x.to("meta"), x.as_subclass(Subclass)):
+        assert not ops._is_plain(other)
+    for other in (None, x.as_subclass(Subclass), 1.0):
+        assert not ops._is_plain(x, other)
+    assert not ops._is_plain(x, optional=(1.0,))
 
 
 def test_the_profiler_sees_the_ops_on_a_cpu():
@@ -375,6 +427,13 @@ MISTAKES = {
     "activation": (lambda: ops.fused_ffn(X, X.T, None, X, None, activation="tanh"), ValueError, "activation='tanh'"),
     "w2": (lambda: ops.fused_ffn(X, randn(128, 64), None, randn(63, 2), None), ValueError, "w2 has shape"),
     "gate": (lambda: ops.int4_ffn(X, W, None, W, None, quantize(randn(16, 128))), ValueError, "w_gate must have w1's"),
+    "gated": (lambda: ops.int4_gated_linear(X, W, quantize(randn(16, 128))), ValueError, "w_gate must have w's shape"),
+    "gated-activation": (lambda: ops.int4_gated_linear(X, W, W, activation="tanh"), ValueError, "activation='tanh'"),
+    "gated-zeros": (
+        lambda: ops.int4_gated_linear(X, W, quantize(randn(32, 128), symmetric=False)),
+        ValueError,
+        "both be symmetric",
+    ),
     "residual": (lambda: ops.rms_norm(X, X[0], X[:1]), ValueError, "residual has shape"),
     "residual-dtype": (lambda: ops.rms_norm(X, X[0], X.half()), TypeError, "residual is torch.float16"),
     "heads": (

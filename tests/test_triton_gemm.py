@@ -1,15 +1,17 @@
 """The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
 
+import json
+
 import aot
 import interpreter
 import pytest
 import torch
-from conftest import assert_close
+from conftest import INTERPRETED, assert_close
 
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts
-from tiny_gemm.quantize_utils import Int4Weight, pack, quantize, unit_k
-from tiny_gemm.reference import int4_gemm_ref
+from tiny_gemm.quantize_utils import Int4Weight, pack, quantize
+from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
 
 H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
 SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, is_nvidia=True)
@@ -57,11 +59,12 @@ def test_offsets_beyond_32_bits(rows):
 @pytest.mark.interp
 @pytest.mark.parametrize("m", [2, 20], ids=["decode", "prefill"])
 def test_reads_no_row_past_the_last_tile(m):
-    """N = 17 needs two tiles; BLOCK_N 64 would reach two more, which here hold scales of NaN."""
+    """N = 17 needs two tiles; blocks of 64 rows would reach two more, which here hold scales of NaN."""
     whole = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 128)
     whole.scales[2:] = float("nan")
     part = Int4Weight(whole.packed[:2], whole.scales[:2], None, 128, (17, 128))
-    config = triton_gemm.GemmConfig(64, 16, slices=0 if m > 16 else 4, splits=1, num_warps=4, stages=2)
+    prefill = triton_gemm.SplitConfig(64, 16, splits=1, num_warps=4, stages=2)
+    config = triton_gemm.DecodeConfig(4, 2, 1, 128) if m <= 16 else prefill
     x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
     y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
     assert_close(y, int4_gemm_ref(x, part))
@@ -75,7 +78,7 @@ def test_splits_of_k_are_added_in_one_order(k, group_size, symmetric):
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(33, k, generator=generator), group_size, symmetric=symmetric)
     x = torch.randn(3, k, generator=generator).half()
-    config = triton_gemm.GemmConfig(32, 4, slices=0, splits=4, num_warps=1, stages=3)
+    config = triton_gemm.SplitConfig(32, 4, splits=4, num_warps=1, stages=3)
     args = weight.packed, weight.scales, weight.zeros, None, group_size, 33, config
     ys = []
     for seed in range(4):
@@ -98,13 +101,65 @@ def test_unpack_gives_every_value(plane):
     assert y[0].tolist() == [float(v - 8) for v in range(16)]
 
 
+@pytest.mark.interp
+@pytest.mark.parametrize("config", [(1, 2, 1), (1, 4, 2), (2, 2, 4), (4, 2, 1), (1, 2, 16)], ids=str)
+@pytest.mark.parametrize(("k", "group_size"), [(576, 32), (640, 128), (1152, 64), (320, -1), (2560, 128)], ids=str)
+def test_every_shape_of_a_block(k, group_size, config, poisoned):
+    """More steps than one and a last one that is not whole, warps with nothing to do, tiles past N."""
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(50, k, generator=generator), group_size, symmetric=False)
+    x = torch.randn(9, k, generator=generator).bfloat16()
+    config = triton_gemm.DecodeConfig(*config, max_registers=128)
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, None, group_size, 50, config)
+    assert_close(y, int4_gemm_ref(x, weight))
+
+
+def run_gated(m, n, k, group_size, symmetric, dtype, device="cpu", activation="silu", config=None):
+    """(kernel's output, oracle) of act(x @ gate.T) * (x @ W.T)."""
+    generator = torch.Generator().manual_seed(0)
+    up, gate = (
+        quantize(torch.randn(n, k, generator=generator) / k**0.5, group_size, symmetric=symmetric).to(device)
+        for _ in range(2)
+    )
+    x = torch.randn(m, k + 16, generator=generator).to(dtype).to(device)[:, :k]
+    parts = up.packed, up.scales, up.zeros, gate.packed, gate.scales, gate.zeros
+    y = triton_gemm.int4_gated_linear(x, *parts, group_size, n, activation, config)
+    return y, int4_gated_linear_ref(x, up, gate, activation=activation)
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size"), [(1, 40, 576, 32), (9, 33, 640, 128), (3, 16, 320, -1)], ids=str
+)
+def test_gated_matches_the_oracle_in_the_interpreter(m, n, k, group_size, activation, poisoned):
+    assert_close(*run_gated(m, n, k, group_size, m == 1, torch.float16, activation=activation))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("group_size", "symmetric"), [(32, False), (64, True), (128, True), (128, False), (-1, True)])
+@pytest.mark.parametrize("m", [1, 8, 9, 16])
+def test_gated_matches_the_oracle_on_a_gpu(m, group_size, symmetric, dtype, poisoned):
+    for n, k in [(17, 1152), (1536, 576 if group_size == 32 else 640), (2048, 2048)]:
+        assert_close(*run_gated(m, n, k, group_size, symmetric, dtype, "cuda"))
+
+
 SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
+    "gated-g128": (8, 14336, 4096, 128, "*fp16", None),
+    "gated-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
+    "gated-m16": (16, 8192, 2048, 128, "*fp16", "*fp16"),
     "decode-g128": (1, 4096, 4096, 128, "*fp16", None),
-    "decode-m8": (8, 28672, 4096, 128, "*bf16", None),
-    "decode-g64": (16, 28672, 8192, 64, "*fp16", "*fp16"),
-    "decode-per-channel": (8, 4096, 14336, -1, "*fp16", "*fp16"),
-    "slices-g128": (8, 2048, 2048, 128, "*fp32", None),
-    "slices-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
+    "decode-m8": (8, 6144, 4096, 128, "*bf16", None),
+    "split-m1": (1, 28672, 4096, 128, "*fp16", None),
+    "split-m8": (8, 28672, 4096, 128, "*bf16", None),
+    "decode-m16": (16, 2048, 8192, 128, "*fp16", None),
+    "split-g64": (16, 28672, 8192, 64, "*fp16", "*fp16"),
+    "split-per-channel": (8, 4096, 14336, -1, "*fp16", "*fp16"),
+    "decode-g64": (16, 2048, 8192, 64, "*fp16", "*fp16"),
+    "decode-per-channel": (8, 2048, 4096, -1, "*fp16", "*fp16"),
+    "decode-fp32": (8, 2048, 2048, 128, "*fp32", None),
+    "decode-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
     "prefill-g128": (512, 4096, 4096, 128, "*fp16", None),
     "prefill-g32": (512, 1536, 576, 32, "*fp16", "*fp32"),
     "prefill-g128-zeros": (512, 4096, 4096, 128, "*fp16", "*fp16"),
@@ -116,37 +171,28 @@ def compile_gemm(target, name, dtype="bf16"):
     """The kernel that int4_gemm would launch on a large chip of this target."""
     m, n, k, group_size, scales, zeros = SHAPES[name]
     facts = aot.device_facts(target)
-    config = triton_gemm.pick_config(m, n, k, group_size, zeros is None, facts)
+    activation = "silu" if "gated" in name else None
+    launch = triton_gemm.plan(m, n, k, group_size, zeros is None, facts, None, activation)
     signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": scales, "z_ptr": zeros, "y_ptr": f"*{dtype}"}
     signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
-    constants = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "UNIT": unit_k(k), "GROUP_SIZE": group_size}
-    constants |= {"STAGES": config.stages, "USE_ASM": facts.is_nvidia, "PDL": facts.has_pdl}
-    constants |= {"bias_ptr": None} | ({} if zeros else {"z_ptr": None})
-    options = {}
-    if config.slices:
-        kernel, constants["SLICES"] = triton_gemm._int4_gemm_slice_kernel, config.slices
-        options = {"maxnreg": triton_gemm.MAX_REGISTERS} if facts.is_nvidia else {}
-    else:
-        kernel = triton_gemm._int4_gemm_kernel
-        constants |= {"SPLITS": config.splits, "PREFETCH": facts.has_pdl and "decode" in name}
-        if config.splits > 1:
-            signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"}
-        else:
-            constants |= {"partial_ptr": None, "counter_ptr": None}
-    options["num_warps"] = config.num_warps
-    return aot.compile_kernel(kernel, target, signature, constants, unaligned=("M", "N"), **options)
+    signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"} if launch.partials else {}
+    if activation:
+        signature |= {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros}
+    return aot.compile_launch(launch.launcher, target, signature, unaligned=("M", "N"))
 
 
 @pytest.mark.aot
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
-    # A unit of 64 columns is 32 bytes a row: on AMD the compiler splits that into narrower loads.
+    # Of a unit of 64 columns a lane loads 8 bytes at a time, and on AMD, where it is 32 bytes a row, so it does for
+    # prefill.
     # With zeros and two units at a time ptxas spills six registers of 128 on Ampere; allowed 255 it takes 180,
     # and fewer blocks fit an SM.
     compiled = compile_gemm(target, name)
     few_spills = name == "prefill-g128-zeros" and target in ("sm_80", "sm_86", "sm_89") and compiled.spills <= 6
-    aot.check(compiled, vector_loads=not (target == "gfx942" and "g32" in name), may_spill=few_spills)
+    narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
+    aot.check(compiled, vector_loads=not narrow, may_spill=few_spills)
 
 
 @pytest.mark.aot
@@ -156,19 +202,55 @@ def test_unpacking_costs_no_conversions(target, dtype):
     """The nibbles become floats by lop3 and one packed operation; a conversion from int would be I2F in the SASS."""
     compiled = compile_gemm(target, "decode-g128", dtype)
     assert "I2F" not in compiled.assembly and "LOP3" in compiled.assembly
-    assert compiled.count("LDGSTS.128") > 0, "weights come by 16-byte cp.async"
+    assert compiled.count("LDG.128") > 0 == compiled.count("LDGSTS"), "weights come straight into registers"
+    assert compiled.count("LDSM") == 0
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
 @pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
-def test_pick_config_fits_and_sums_in_one_order(n, k, facts):
+def test_pick_config_sums_in_one_order(n, k, facts):
     for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
-        configs = [triton_gemm.pick_config(m, n, k, group_size, True, facts) for m in (1, 2, 4, 8, 9, 16)]
-        step = unit_k(k) * triton_gemm.units_per_step(unit_k(k), group_size)
-        for config in [*configs, *(triton_gemm.pick_config(m, n, k, group_size, True, facts) for m in (32, 512))]:
-            assert triton_gemm.shared_memory_bytes(config, step) <= facts.shared_memory_bytes
-        assert len({(c.slices, c.splits) for c in configs}) == 1  # how K is split must not depend on the batch
+        for symmetric in (True, False):
+            configs = [triton_gemm.pick_config(m, n, k, group_size, symmetric, facts) for m in (1, 2, 4, 8, 9, 16)]
+            cuts = {(c.warp_units, c.warps) if isinstance(c, triton_gemm.DecodeConfig) else c.splits for c in configs}
+            assert len(cuts) == 1  # how K is cut must not depend on the batch
+
+
+@pytest.fixture
+def no_table(monkeypatch):
+    monkeypatch.setattr(triton_gemm, "_TABLE", {})
+    triton_gemm.plan.cache_clear()
+    yield
+    triton_gemm.plan.cache_clear()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel has no launch to compare")
+def test_a_table_comes_before_pick_config_on_its_own_gpu(tmp_path, no_table):
+    config = {"row_tiles": 2, "warp_units": 2, "warps": 16, "max_registers": 96, "prefetch": True}
+    entry = {"k": 2048, "n": 4096, "group_size": 128, "rows": 8, **config}
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": [entry]}))
+    before = triton_gemm.plan(1, 4096, 2048, 128, True, H100)
+    triton_gemm.load_table(tmp_path / "t.json")
+    launcher, grid, *_ = triton_gemm.plan(1, 4096, 2048, 128, True, H100)
+    assert (launcher.meta["WARPS"], launcher.meta["maxnreg"], launcher.meta["PREFETCH"], grid) == (
+        16,
+        96,
+        True,
+        (1, 128, 1),
+    )
+    for other in ((9, 4096, 2048, 128, True, H100), (1, 4096, 2048, 128, False, H100), (1, 4096, 2048, 64, True, H100)):
+        assert triton_gemm.plan(*other).launcher.meta.get("WARPS") != 16
+    assert (
+        triton_gemm.plan(1, 4096, 2048, 128, True, SMALL_CHIP).launcher.meta["WARPS"] == before.launcher.meta["WARPS"]
+    )
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"gpu": "x", "entries": [{"k": 1}]}'])
+def test_what_is_no_table_is_refused_in_words(text, tmp_path, no_table):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=r"t\.json is no table of benchmarks/sweep_int4_gemm\.py"):
+        triton_gemm.load_table(tmp_path / "t.json")
 
 
 @pytest.mark.interp

@@ -1,6 +1,5 @@
 """Facts about the device a tensor lives on, asked once and cached; nothing happens at import."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,14 +29,16 @@ INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 102
 
 def device_facts(device: torch.device) -> DeviceFacts:
     """Facts of a CUDA or ROCm device; a CPU device means Triton's interpreter."""
-    if device.type == "cpu":
-        return INTERPRETED
-    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is None and device.type != "cpu":
+        device = torch.device(device.type, torch.cuda.current_device())
+    return _facts(device)
 
 
 @cache
-def _cuda_facts(index: int) -> DeviceFacts:
-    p = torch.cuda.get_device_properties(index)
+def _facts(device: torch.device) -> DeviceFacts:
+    if device.type == "cpu":
+        return INTERPRETED
+    p = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     return DeviceFacts(
         name=p.name,
@@ -48,11 +49,10 @@ def _cuda_facts(index: int) -> DeviceFacts:
     )
 
 
-def device_guard(t: Tensor):
-    """Makes t's GPU the current one while a kernel is launched; costs nothing on a machine with one GPU or on CPU."""
-    if t.device.type == "cpu" or t.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(t.device)
+# What torch.cuda.current_device() and current_stream(index).cuda_stream give, in less host time: the one asks each time
+# whether CUDA is set up (it is, where there is a tensor on it), the other makes an object.
+current_device = getattr(torch._C, "_cuda_getDevice", torch.cuda.current_device)
+raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)
 
 
 def processor(device: torch.device) -> str:
@@ -68,11 +68,13 @@ def tensor_bytes(*tensors: Tensor | None) -> int:
     return sum(t.nbytes for t in tensors if t is not None)
 
 
-_COUNTERS: dict[tuple[str, torch.device, int], Tensor] = {}
+_COUNTERS: dict[tuple[str, tuple[int, int]], Tensor] = {}
 _RETIRED: list[Tensor] = []  # buffers that grew too small: kernels of another thread may still be using them
 _CAPTURED: dict[tuple[str, torch.device], tuple[Tensor, int]] = {}  # the pool for CUDA graphs, and what is given out
 _CAPTURED_COUNTERS = 2**20
 _COUNTERS_ALIGN = 32  # int32 in a cache line of 128 bytes
+_SCRATCH: dict[tuple[int, int], Tensor] = {}
+_SCRATCH_KEPT = 2**20  # float32, 4 MiB
 
 
 def counters(device: torch.device, n: int, kind: str = "arrivals") -> Tensor:
@@ -83,25 +85,52 @@ def counters(device: torch.device, n: int, kind: str = "arrivals") -> Tensor:
     graph every launch has its own, from a pool that is set up by the op's first ordinary call (the usual warm-up) and
     begins anew after a million counters.
     """
-    if device.type == "cpu":
-        return _stream_counters(kind, device, 0, n)
-    if torch.cuda.is_current_stream_capturing():
+    stream = _current_stream(device)
+    if stream is None:
         if (kind, device) not in _CAPTURED:
             raise RuntimeError("run the op once before capturing it in a CUDA graph: it sets up its counters then")
         pool, used = _CAPTURED[kind, device]
         start = used if used + n <= _CAPTURED_COUNTERS else 0
         _CAPTURED[kind, device] = pool, start + -(-n // _COUNTERS_ALIGN) * _COUNTERS_ALIGN
         return pool[start:]
-    if (kind, device) not in _CAPTURED:
+    buffer = _COUNTERS.get((kind, stream))
+    if buffer is not None and buffer.numel() >= n:
+        return buffer
+    if device.type != "cpu" and (kind, device) not in _CAPTURED:
         _CAPTURED[kind, device] = torch.zeros(_CAPTURED_COUNTERS, dtype=torch.int32, device=device), 0
         torch.cuda.current_stream(device).synchronize()  # once; a replay waits for no stream of ours
-    return _stream_counters(kind, device, torch.cuda.current_stream(device).cuda_stream, n)
-
-
-def _stream_counters(kind: str, device: torch.device, stream: int, n: int) -> Tensor:
-    buffer = _COUNTERS.get((kind, device, stream))
-    if buffer is None or buffer.numel() < n:
-        if buffer is not None:
-            _RETIRED.append(buffer)
-        buffer = _COUNTERS[kind, device, stream] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
+    if buffer is not None:
+        _RETIRED.append(buffer)
+    buffer = _COUNTERS[kind, stream] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
     return buffer
+
+
+def scratch(x: Tensor, n: int) -> Tensor:
+    """At least n float32 where x is, for what the blocks of one launch tell each other; it comes with any content.
+
+    An allocation takes as much host time as a launch, so every stream keeps one for its kernels, which follow each
+    other. A CUDA graph, which may be replayed on another stream, gets its own, and so does a launch that needs much.
+    """
+    stream = None if n > _SCRATCH_KEPT or x.is_cpu else _current_stream(x.device)
+    if stream is None:
+        return x.new_empty(n, dtype=torch.float32)
+    buffer = _SCRATCH.get(stream)
+    if buffer is None:
+        buffer = _SCRATCH[stream] = x.new_empty(_SCRATCH_KEPT, dtype=torch.float32)
+    return buffer
+
+
+def _current_stream(device: torch.device) -> tuple[int, int] | None:
+    """(device, stream) to keep something for; None while the stream is being captured in a CUDA graph."""
+    index = _index(device)
+    if index < 0:
+        return index, 0
+    if index != current_device():  # of which it is asked whether its stream is captured
+        with torch.cuda.device(index):
+            return _current_stream(device)
+    return None if torch.cuda.is_current_stream_capturing() else (index, raw_stream(index))
+
+
+@cache
+def _index(device: torch.device) -> int:
+    return -1 if device.type == "cpu" else device.index

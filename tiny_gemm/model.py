@@ -230,7 +230,7 @@ class Linear:
 
 
 class FeedForward:
-    """down(silu(gate(x)) * up(x)): one fused op where the three weights are of one kind, three linears otherwise."""
+    """down(silu(gate(x)) * up(x)): fused where the weights are of one kind, three linears otherwise."""
 
     def __init__(self, gate: Tensor | Int4Weight, up: Tensor | Int4Weight, down: Tensor | Int4Weight):
         self.gate, self.up, self.down = gate, up, down
@@ -238,7 +238,7 @@ class FeedForward:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.fused and isinstance(self.up, Int4Weight):
-            return ops.int4_ffn(x, self.up, None, self.down, None, self.gate, activation="silu")
+            return ops.int4_gemm(ops.int4_gated_linear(x, self.up, self.gate, activation="silu"), self.down)
         if self.fused:
             return ops.fused_ffn(x, self.up.t(), None, self.down.t(), None, self.gate.t(), activation="silu")
         return ops.linear(F.silu(ops.linear(x, self.gate)) * ops.linear(x, self.up), self.down)

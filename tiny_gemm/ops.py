@@ -9,11 +9,16 @@ Errors name the value and the rule: ValueError (a shape, size or option that bre
 """
 
 import math
+from functools import cache
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-import torch.utils._python_dispatch
 from torch import Tensor
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import profiler
+from torch.compiler import is_compiling
 
 from tiny_gemm import reference
 from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, TILE_N, Int4Weight, check_packed, dequantize, unpack
@@ -44,22 +49,43 @@ def _outside_autocast(implementation, device_type: str):
     return call
 
 
-def _is_plain_cpu(x: Tensor) -> bool:
-    """Whether the Python functions below may call an op's CPU implementation themselves.
+_TENSORS = {Tensor, torch.nn.Parameter}
+_TENSORS_OR_NONE = {*_TENSORS, type(None)}
 
-    A Python implementation called through the dispatcher costs some 50 us more, a fifth of a small model's decode step
-    on a CPU. So plain CPU tensors skip it, unless somebody is watching: compile, export and other dispatch modes, the
-    profiler, autocast. An input that the op would refuse takes the long way too, and is refused there.
+
+def _is_plain(x: Tensor, *others: Tensor, optional: tuple[Tensor | None, ...] = ()) -> bool:
+    """Whether the Python functions below may call an op's CPU or CUDA implementation themselves.
+
+    The dispatcher costs host time: on a CPU a fifth of a small model's decode step (a Python implementation called
+    through it takes some 50 us more), on a GPU about as much as a launch. So plain tensors skip it, unless somebody is
+    watching: compile, export and other dispatch modes, function transforms, tracing, the profiler, autocast. An input
+    that the op would refuse takes the long way too, and is refused there.
     """
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and type(x) is Tensor
-        and x.is_cpu
+        and (x.is_cuda or x.is_cpu)
         and x.dtype in FLOAT_DTYPES
         and not x.requires_grad
-        and torch.utils._python_dispatch._get_current_dispatch_mode() is None
-        and not torch.autograd.profiler._is_profiler_enabled
-        and not torch.is_autocast_enabled("cpu")
+        and _TENSORS.issuperset(map(type, others))
+        and _TENSORS_OR_NONE.issuperset(map(type, optional))
+        and not _len_torch_dispatch_stack()
+        and not profiler._is_profiler_enabled
+        and not _is_any_autocast_enabled()
+        and peek_interpreter_stack() is None
+        and _get_tracing_state() is None
+    )
+
+
+@cache
+def _kernels() -> SimpleNamespace:
+    """The modules of kernels. They are imported when the first tensor on a GPU comes: without one, Triton need not be
+    there."""
+    from tiny_gemm import triton_gemm
+    from tiny_gemm.triton_fused_transformer import attention, decode_attention, ffn, norm
+
+    return SimpleNamespace(
+        triton_gemm=triton_gemm, attention=attention, decode_attention=decode_attention, ffn=ffn, norm=norm
     )
 
 
@@ -67,22 +93,22 @@ def _check_tensors(op: str, x: Tensor, others: dict[str, Tensor | None], *, same
     """What every op asks of its tensors: no grad, one device, x floating point, and x's dtype for same_dtype's."""
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{op}: the input is {x.dtype}, it must be bfloat16, float16 or float32")
-    grad = torch.is_grad_enabled()
+    grad, device, dtype = torch.is_grad_enabled(), x.device, x.dtype
     if grad and x.requires_grad:
         raise ValueError(f"{op} is for inference: the input requires grad; call it under torch.no_grad()")
     for name, t in others.items():
         if t is None:
             continue
-        if t.device != x.device:
+        if t.device != device:
             raise ValueError(f"{op}: {name} is on {t.device} and the input on {x.device}; they must be on one device")
         if grad and t.requires_grad:
             raise ValueError(f"{op} is for inference: {name} requires grad; call it under torch.no_grad()")
-        if name in same_dtype and t.dtype != x.dtype:
+        if t.dtype != dtype and name in same_dtype:
             raise TypeError(f"{op}: {name} is {t.dtype} and the input {x.dtype}; they must have one dtype")
 
 
 def _check_shape(op: str, name: str, t: Tensor | None, shape: tuple[int, ...]) -> None:
-    if t is not None and tuple(t.shape) != shape:
+    if t is not None and t.shape != shape:
         raise ValueError(f"{op}: {name} has shape {tuple(t.shape)}, it must be {shape}")
 
 
@@ -98,9 +124,9 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tens
     Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and on a GPU a row has the same
     bits alone as in a batch of up to 16.
     """
-    args = x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.out_features
-    if bias is None and _is_plain_cpu(x) and _is_ready_on_cpu(weight, x.shape[-1:]):
-        return _int4_mm_cpu(*args)
+    args = x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.shape[0]
+    if _is_plain(x, optional=args[1:5]) and _is_ready(x, x.dim() and x.shape[-1], weight, bias):
+        return (_int4_mm_cuda if x.is_cuda else _int4_mm_cpu)(*args)
     return torch.ops.tiny_gemm.int4_gemm(*args)
 
 
@@ -109,14 +135,17 @@ def linear(x: Tensor, weight: Tensor | Int4Weight, bias: Tensor | None = None) -
     return int4_gemm(x, weight, bias) if isinstance(weight, Int4Weight) else F.linear(x, weight, bias)
 
 
-def _is_ready_on_cpu(weight: Int4Weight, in_features: tuple[int, ...]) -> bool:
-    """Whether nothing is left to check of a weight that checked its parts when it was made. (Checking all weights of a
-    small model again is a tenth of its decode step on a CPU.)"""
-    parts = weight.scales, weight.zeros
+def _is_ready(x: Tensor, in_features: int, weight: Int4Weight, bias: Tensor | None) -> bool:
+    """Whether nothing is left to check of a weight that checked its parts when it was made, and of its bias. (Checking
+    all weights of a small model again is a tenth of its decode step on a CPU.)"""
+    scales, zeros, device = weight.scales, weight.zeros, x.device
     return (
-        (weight.shape[1],) == in_features
-        and weight.packed.is_cpu
-        and all(t is None or (t.is_cpu and not t.requires_grad) for t in parts)
+        weight.shape[1] == in_features
+        and weight.packed.device == device == scales.device
+        and not scales.requires_grad
+        and (zeros is None or (zeros.device == device and not zeros.requires_grad))
+        and (bias is None or (bias.device == device and bias.dtype == x.dtype and not bias.requires_grad))
+        and (bias is None or bias.shape == weight.shape[:1])
     )
 
 
@@ -145,15 +174,14 @@ def _int4_gemm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
 
 
 def _int4_mm_cpu(x, packed, scales, zeros, bias, group_size, out_features):
-    k = x.shape[-1]
-    rows = x if x.dim() == 2 else x.reshape(-1, k)
+    rows, k = _rows(x), x.shape[-1]
     if _takes_aten_int4(x, group_size):
         (y,) = _aten_int4_mm(rows, [(packed, scales, zeros)], group_size, out_features)
         y = y if bias is None else y + bias
     else:
         weight = dequantize(Int4Weight(packed, scales, zeros, group_size, (out_features, k)))
         y = F.linear(rows.float(), weight, None if bias is None else bias.float()).to(x.dtype)
-    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+    return y if rows is x else y.reshape(*x.shape[:-1], out_features)
 
 
 ATEN_INT4_ROWS = 64  # with more rows, dequantizing and a float32 GEMM are faster on a CPU than ATen's INT4 kernel
@@ -221,11 +249,14 @@ def _int4_gemm_cuda(x, packed, scales, zeros, bias, group_size, out_features):
 
 
 def _int4_mm_cuda(x, packed, scales, zeros, bias, group_size, out_features):
-    from tiny_gemm import triton_gemm
+    rows = _rows(x)
+    y = _kernels().triton_gemm.int4_gemm(rows, packed, scales, zeros, bias, group_size, out_features)
+    return y if rows is x else y.view(*x.shape[:-1], out_features)
 
-    rows = x.reshape(-1, x.shape[-1])
-    y = triton_gemm.int4_gemm(rows, packed, scales, zeros, bias, group_size, out_features)
-    return y.view(*x.shape[:-1], out_features)
+
+def _rows(x: Tensor) -> Tensor:
+    """x [..., K] as a matrix: itself where it is one, since a view costs as much host time as an allocation."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 _register(
@@ -259,7 +290,10 @@ def fused_ffn(
     On a GPU this is ONE launch for up to 16 rows in bfloat16 or float16; with more rows (prefill), or in float32, it is
     cuBLAS and an elementwise kernel, which are faster there.
     """
-    return torch.ops.tiny_gemm.fused_ffn(x, w1, b1, w2, b2, w_gate, activation=activation)
+    op = torch.ops.tiny_gemm.fused_ffn
+    if _is_plain(x, w1, w2, optional=(b1, b2, w_gate)):
+        op = _fused_ffn_cuda if x.is_cuda else _fused_ffn_cpu
+    return op(x, w1, b1, w2, b2, w_gate, activation=activation)
 
 
 def _check_activation(op: str, activation: str) -> None:
@@ -307,13 +341,12 @@ def _fused_ffn_cpu(x, w1, b1, w2, b2, w_gate=None, *, activation="gelu"):
 
 
 def _fused_ffn_cuda(x, w1, b1, w2, b2, w_gate=None, *, activation="gelu"):
-    from tiny_gemm.triton_fused_transformer import ffn
-
     _check_fused_ffn(x, w1, b1, w2, b2, w_gate, activation)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > ffn.FUSED_ROWS or x.dtype == torch.float32:
+    rows, ffn = _rows(x), _kernels().ffn
+    if rows.shape[0] > ffn.FUSED_ROWS or x.dtype == torch.float32:
         return _dense_ffn(x, w1, b1, w2, b2, w_gate, activation)
-    return ffn.fused_ffn(rows, w1, b1, w2, b2, w_gate, activation).view(*x.shape[:-1], w2.shape[1])
+    y = ffn.fused_ffn(rows, w1, b1, w2, b2, w_gate, activation)
+    return y if rows is x else y.view(*x.shape[:-1], w2.shape[1])
 
 
 _register(
@@ -322,6 +355,86 @@ _register(
     fake=_fused_ffn_fake,
     cpu=_fused_ffn_cpu,
     cuda=_fused_ffn_cuda,
+)
+
+
+def int4_gated_linear(x: Tensor, w: Int4Weight, w_gate: Int4Weight, *, activation: str = "silu") -> Tensor:
+    """act(x @ w_gate.T) * (x @ w.T): the first half of a gated feed-forward block over packed weights.
+
+    x: [..., K], as int4_gemm takes it; w, w_gate: [N, K], of one group size and symmetry. activation: gelu, gelu_tanh,
+    relu or silu. Returns [..., N]. On a GPU this is one launch for up to 16 rows, and may start while the kernel before
+    it still runs, which int4_ffn, a cooperative launch, may not: at decode this and int4_gemm are faster than int4_ffn.
+    """
+    if w_gate.shape != w.shape or w_gate.group_size != w.group_size:
+        raise ValueError(f"int4_gated_linear: w_gate must have w's shape and group size, got {w_gate} and {w}")
+    args = (
+        x, w.packed, w.scales, w.zeros, w_gate.packed, w_gate.scales, w_gate.zeros, w.group_size, w.shape[0]
+    )  # fmt: skip
+    k = x.dim() and x.shape[-1]
+    if (
+        _is_plain(x, optional=args[1:7]) and activation in reference.ACTIVATIONS
+        and _is_ready(x, k, w, None) and _is_ready(x, k, w_gate, None) and w_gate.symmetric == w.symmetric
+    ):  # fmt: skip
+        return (_int4_gated_fused if x.is_cuda else _int4_gated_composed)(*args, activation)
+    return torch.ops.tiny_gemm.int4_gated_linear(*args, activation=activation)
+
+
+def _check_int4_gated(
+    x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, group_size, out_features, activation
+) -> None:
+    op = "int4_gated_linear"
+    _check_activation(op, activation)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, it must be [..., K] with K > 0")
+    _check_int4(op, x, x.shape[-1], "", packed, scales, zeros, group_size, out_features)
+    _check_int4(op, x, x.shape[-1], "gate_", gate_packed, gate_scales, gate_zeros, group_size, out_features)
+    if (gate_zeros is None) != (zeros is None):
+        raise ValueError(f"{op}: w_gate and w must both be symmetric or both have zeros")
+
+
+def _int4_gated_fake(x, *args, activation="silu"):
+    _check_int4_gated(x, *args, activation)
+    return x.new_empty((*x.shape[:-1], args[-1]))
+
+
+def _int4_gated_cpu(x, *args, activation="silu"):
+    _check_int4_gated(x, *args, activation)
+    return _int4_gated_composed(x, *args, activation)
+
+
+def _int4_gated_cuda(x, *args, activation="silu"):
+    _check_int4_gated(x, *args, activation)
+    return _int4_gated_fused(x, *args, activation)
+
+
+def _int4_gated_fused(x, *args):
+    rows, triton_gemm = _rows(x), _kernels().triton_gemm
+    if rows.shape[0] > triton_gemm.DECODE_ROWS:
+        return _int4_gated_composed(x, *args)
+    y = triton_gemm.int4_gated_linear(rows, *args)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
+
+
+def _int4_gated_composed(
+    x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, group_size, out_features, activation, bias=None
+):
+    act = reference.ACTIVATIONS[activation]
+    weights = (packed, scales, zeros), (gate_packed, gate_scales, gate_zeros)
+    stackable = packed.shape[0] * TILE_N % ATEN_INT4_BLOCK == 0
+    if stackable and not x.is_cuda and bias is None and _takes_aten_int4(x, group_size):
+        up, gate = _aten_int4_mm(_rows(x), list(weights), group_size, out_features)
+        return act(gate).mul_(up).view(*x.shape[:-1], out_features)
+    gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
+    y = gemm(x, *weights[0], bias, group_size, out_features)
+    return y.mul_(act(gemm(x, *weights[1], None, group_size, out_features)))
+
+
+_register(
+    "int4_gated_linear(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor gate_packed, Tensor gate_scales,"
+    ' Tensor? gate_zeros, int group_size, int out_features, *, str activation="silu") -> Tensor',
+    fake=_int4_gated_fake,
+    cpu=_int4_gated_cpu,
+    cuda=_int4_gated_cuda,
 )
 
 
@@ -346,14 +459,15 @@ def int4_ffn(
     gate = (None, None, None) if w_gate is None else (w_gate.packed, w_gate.scales, w_gate.zeros)
     args = (
         x, w1.packed, w1.scales, w1.zeros, b1, w2.packed, w2.scales, w2.zeros, b2, *gate,
-        w1.group_size, w2.group_size, w1.out_features, w2.out_features,
+        w1.group_size, w2.group_size, w1.shape[0], w2.shape[0],
     )  # fmt: skip
+    d = x.dim() and x.shape[-1]
     if (
-        b1 is None and b2 is None and activation in reference.ACTIVATIONS
-        and _is_plain_cpu(x) and _is_ready_on_cpu(w1, x.shape[-1:]) and _is_ready_on_cpu(w2, (w1.out_features,))
-        and (w_gate is None or (_is_ready_on_cpu(w_gate, x.shape[-1:]) and w_gate.symmetric == w1.symmetric))
+        _is_plain(x, optional=args[1:12]) and activation in reference.ACTIVATIONS
+        and _is_ready(x, d, w1, b1) and _is_ready(x, w1.shape[0], w2, b2)
+        and (w_gate is None or (_is_ready(x, d, w_gate, None) and w_gate.symmetric == w1.symmetric))
     ):  # fmt: skip
-        return _int4_ffn_composed(*args, activation)
+        return (_int4_ffn_fused if x.is_cuda else _int4_ffn_composed)(*args, activation)
     return torch.ops.tiny_gemm.int4_ffn(*args, activation=activation)
 
 
@@ -393,17 +507,11 @@ def _int4_ffn_composed(
     group_size1, group_size2, hidden, out_features, activation,
 ):  # fmt: skip
     gemm = _int4_mm_cuda if x.is_cuda else _int4_mm_cpu
-    act = reference.ACTIVATIONS[activation]
-    stackable = w1_packed.shape[0] * TILE_N % ATEN_INT4_BLOCK == 0
-    if wg_packed is not None and stackable and not x.is_cuda and b1 is None and _takes_aten_int4(x, group_size1):
-        w1, wg = (w1_packed, w1_scales, w1_zeros), (wg_packed, wg_scales, wg_zeros)
-        up, gate = _aten_int4_mm(x.reshape(-1, x.shape[-1]), [w1, wg], group_size1, hidden)
-        h = act(gate).mul_(up).view(*x.shape[:-1], hidden)
-    elif wg_packed is not None:
-        h = gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden)
-        h *= act(gemm(x, wg_packed, wg_scales, wg_zeros, None, group_size1, hidden))
+    if wg_packed is None:
+        h = reference.ACTIVATIONS[activation](gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden))
     else:
-        h = act(gemm(x, w1_packed, w1_scales, w1_zeros, b1, group_size1, hidden))
+        w1, wg = (w1_packed, w1_scales, w1_zeros), (wg_packed, wg_scales, wg_zeros)
+        h = _int4_gated_composed(x, *w1, *wg, group_size1, hidden, activation, b1)
     return gemm(h, w2_packed, w2_scales, w2_zeros, b2, group_size2, out_features)
 
 
@@ -412,21 +520,17 @@ def _int4_ffn_cpu(x, *args, activation="gelu"):
     return _int4_ffn_composed(x, *args, activation)
 
 
-def _int4_ffn_cuda(
-    x, w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
-    group_size1, group_size2, hidden, out_features, *, activation="gelu",
-):  # fmt: skip
-    from tiny_gemm.triton_fused_transformer import ffn
-
-    args = (
-        w1_packed, w1_scales, w1_zeros, b1, w2_packed, w2_scales, w2_zeros, b2, wg_packed, wg_scales, wg_zeros,
-        group_size1, group_size2, hidden, out_features,
-    )  # fmt: skip
+def _int4_ffn_cuda(x, *args, activation="gelu"):
     _check_int4_ffn(x, *args, activation)
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) > ffn.FUSED_ROWS:
-        return _int4_ffn_composed(x, *args, activation)
-    return ffn.int4_ffn(rows, *args, activation).view(*x.shape[:-1], out_features)
+    return _int4_ffn_fused(x, *args, activation)
+
+
+def _int4_ffn_fused(x, *args):
+    rows, ffn = _rows(x), _kernels().ffn
+    if rows.shape[0] > ffn.FUSED_ROWS:
+        return _int4_ffn_composed(x, *args)
+    y = ffn.int4_ffn(rows, *args)
+    return y if rows is x else y.view(*x.shape[:-1], y.shape[1])
 
 
 _register(
@@ -450,10 +554,7 @@ def rms_norm(x: Tensor, weight: Tensor, residual: Tensor | None = None, *, eps: 
     x: [..., d]; weight: [d], any floating dtype; residual: x's shape, x's dtype or float32. Returns y in x's dtype;
     with a residual, (y, s) with s in the residual's dtype, which is the next layer's residual. One launch on a GPU.
     """
-    if residual is None:
-        return torch.ops.tiny_gemm.rms_norm(x, weight, eps)
-    add_rms_norm = _add_rms_norm_cpu if _is_plain_cpu(x) else torch.ops.tiny_gemm.add_rms_norm
-    return add_rms_norm(x, residual, weight, eps)
+    return _rms_norm(x, residual, weight, eps)
 
 
 def layer_norm(
@@ -463,18 +564,17 @@ def layer_norm(
 
     Shapes, dtypes and returns are those of rms_norm; bias: [d] or None.
     """
-    if residual is None:
-        return torch.ops.tiny_gemm.layer_norm(x, weight, bias, eps)
-    return torch.ops.tiny_gemm.add_layer_norm(x, residual, weight, bias, eps)
+    return _layer_norm(x, residual, weight, bias, eps)
 
 
 def _check_norm(op: str, x, weight, bias, residual) -> None:
     _check_tensors(op, x, {"weight": weight, "bias": bias, "residual": residual})
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"{op}: x has shape {tuple(x.shape)}, it must be [..., d] with d > 0")
-    _check_shape(op, "weight", weight, (x.shape[-1],))
-    _check_shape(op, "bias", bias, (x.shape[-1],))
-    _check_shape(op, "residual", residual, tuple(x.shape))
+    shape = tuple(x.shape)
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"{op}: x has shape {shape}, it must be [..., d] with d > 0")
+    _check_shape(op, "weight", weight, shape[-1:])
+    _check_shape(op, "bias", bias, shape[-1:])
+    _check_shape(op, "residual", residual, shape)
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and t.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{op}: {name} is {t.dtype}, it must be bfloat16, float16 or float32")
@@ -483,8 +583,8 @@ def _check_norm(op: str, x, weight, bias, residual) -> None:
 
 
 def _register_norm(name: str, plain_schema: str, add_schema: str, compute):
-    """Registers `name` and `add_name`; returns the latter's CPU implementation. compute(s float32, weight, bias, eps)
-    -> y float32 is what the norm means on a CPU."""
+    """Registers `name` and `add_name`; returns a function (x, residual or None, weight, bias of a layer norm, eps) that
+    calls the one or the other. compute(s float32, weight, bias, eps) -> y float32 is what the norm means on a CPU."""
 
     def unpack_args(args):  # (weight, eps) or (weight, bias, eps)
         return (args[0], None, args[1]) if len(args) == 2 else args
@@ -510,16 +610,24 @@ def _register_norm(name: str, plain_schema: str, add_schema: str, compute):
         s = residual.contiguous() + x if residual.dtype == torch.float32 else residual.contiguous().float() + x
         return compute(s, weight, bias, eps).to(x.dtype), s.to(residual.dtype)
 
-    def launch(x, residual, args):
-        from tiny_gemm.triton_fused_transformer import norm
+    def cuda(x, *args):
+        return add_cuda(x, None, *args)[0]
 
+    def add_cuda(x, residual, *args):
         weight, bias, eps = unpack_args(args)
         _check_norm(name, x, weight, bias, residual)
-        return norm.norm(x, residual, weight, bias, eps, subtract_mean=name == "layer_norm")
+        return _kernels().norm.norm(x, residual, weight, bias, eps, subtract_mean=name == "layer_norm")
 
-    _register(plain_schema, fake=fake, cpu=cpu, cuda=lambda x, *args: launch(x, None, args)[0])
-    _register(add_schema, fake=add_fake, cpu=add_cpu, cuda=lambda x, residual, *args: launch(x, residual, args))
-    return add_cpu
+    def call(x, residual, *args):
+        if _is_plain(x, args[0], optional=(residual, *args[1:-1])):
+            op, add_op = (cuda, add_cuda) if x.is_cuda else (cpu, add_cpu)
+        else:
+            op, add_op = getattr(torch.ops.tiny_gemm, name), getattr(torch.ops.tiny_gemm, f"add_{name}")
+        return op(x, *args) if residual is None else add_op(x, residual, *args)
+
+    _register(plain_schema, fake=fake, cpu=cpu, cuda=cuda)
+    _register(add_schema, fake=add_fake, cpu=add_cpu, cuda=add_cuda)
+    return call
 
 
 def _rms_norm_cpu(s: Tensor, weight: Tensor, _bias: None, eps: float) -> Tensor:
@@ -536,13 +644,13 @@ def _rms_norm_cpu(s: Tensor, weight: Tensor, _bias: None, eps: float) -> Tensor:
     return (s * weight).mul_(rms.reciprocal_().float())
 
 
-_add_rms_norm_cpu = _register_norm(
+_rms_norm = _register_norm(
     "rms_norm",
     "rms_norm(Tensor x, Tensor weight, float eps) -> Tensor",
     "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)",
     _rms_norm_cpu,
 )
-_register_norm(
+_layer_norm = _register_norm(
     "layer_norm",
     "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> Tensor",
     "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
@@ -576,7 +684,10 @@ def fused_attention(
     reference.philox_uniform of (seed, element), the same on every device.
     Returns [B, Hq, Lq, D] in q's dtype, laid out as [B, Lq, Hq, D] so that the output projection needs no copy.
     """
-    return torch.ops.tiny_gemm.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    op = torch.ops.tiny_gemm.fused_attention
+    if _is_plain(q, k, v):
+        op = _fused_attention_cuda if q.is_cuda else _fused_attention_cpu
+    return op(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
 def _check_heads(op: str, q_heads: int, kv_heads: int, head_size: int) -> None:
@@ -634,10 +745,8 @@ def _fused_attention_cpu(q, k, v, *, causal=False, scale=None, dropout_p=0.0, se
 
 
 def _fused_attention_cuda(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
-    from tiny_gemm.triton_fused_transformer import attention
-
     _check_fused_attention(q, k, v, dropout_p)
-    return attention.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    return _kernels().attention.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
 _register(
@@ -677,15 +786,17 @@ def decode_attention(
     A row with lengths[b] >= Lmax is not appended and attends to the Lmax cached tokens: a device cannot raise, so
     callers must check. Returns [B, Hq, D] in q's dtype.
     """
-    attention = _decode_attention_cpu if _is_plain_cpu(q) else torch.ops.tiny_gemm.decode_attention
-    return attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
+    op = torch.ops.tiny_gemm.decode_attention
+    if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=(rope_cos, rope_sin)):
+        op = _decode_attention_cuda if q.is_cuda else _decode_attention_cpu
+    return op(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
 
 
 def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin) -> None:
     op = "decode_attention"
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    _check_tensors(op, q, tensors, same_dtype=tuple(tensors))
-    _check_tensors(op, q, {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin})
+    tensors |= {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin}
+    _check_tensors(op, q, tensors, same_dtype=("k", "v", "k_cache", "v_cache"))
     if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4:
         raise ValueError(
             f"{op}: q, k, k_cache have {q.dim()}, {k.dim()}, {k_cache.dim()} dimensions, "
@@ -696,14 +807,11 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
     _check_heads(op, q_heads, kv_heads, d)
     if b == 0 or max_length == 0:
         raise ValueError(f"{op}: batch {b} and cache length {max_length} must be positive")
-    for name, t, shape in (
-        ("k", k, (b, kv_heads, d)),
-        ("v", v, (b, kv_heads, d)),
-        ("k_cache", k_cache, (b, kv_heads, max_length, d)),
-        ("v_cache", v_cache, (b, kv_heads, max_length, d)),
-        ("lengths", lengths, (b,)),
-    ):
-        _check_shape(op, name, t, shape)
+    new, cache = (b, kv_heads, d), (b, kv_heads, max_length, d)
+    if not (k.shape == v.shape == new and k_cache.shape == v_cache.shape == cache and lengths.shape == (b,)):
+        for name, t, shape in (("k", k, new), ("v", v, new), ("k_cache", k_cache, cache), ("v_cache", v_cache, cache)):
+            _check_shape(op, name, t, shape)
+        _check_shape(op, "lengths", lengths, (b,))
     if lengths.dtype != torch.int32:
         raise TypeError(f"{op}: lengths is {lengths.dtype}, it must be int32")
     if (rope_cos is None) != (rope_sin is None):
@@ -718,18 +826,18 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
             )
         if not 0 < 2 * rope_cos.shape[1] <= d:
             raise ValueError(f"{op}: RoPE over {2 * rope_cos.shape[1]} dimensions must be at most the head size {d}")
-    for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.stride(-1) != 1:
-            raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
+    k_strides, v_strides = k_cache.stride(), v_cache.stride()
+    if not (q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == k_strides[-1] == v_strides[-1] == 1):
+        for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
+            if t.stride(-1) != 1:
+                raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
     for name, t in (("lengths", lengths), ("rope_cos", rope_cos), ("rope_sin", rope_sin)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {t.stride()}, it must be contiguous")
-    if k_cache.stride() != v_cache.stride() and any(
-        a != b for a, b, n in zip(k_cache.stride(), v_cache.stride(), k_cache.shape, strict=True) if n > 1
+    if k_strides != v_strides and any(
+        a != b for a, b, n in zip(k_strides, v_strides, k_cache.shape, strict=True) if n > 1
     ):
-        raise ValueError(
-            f"{op}: k_cache has strides {k_cache.stride()} and v_cache {v_cache.stride()}; they must agree"
-        )
+        raise ValueError(f"{op}: k_cache has strides {k_strides} and v_cache {v_strides}; they must agree")
 
 
 def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
@@ -770,9 +878,8 @@ def _append_and_attend(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_si
 
 
 def _decode_attention_cuda(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
-    from tiny_gemm.triton_fused_transformer import decode_attention as decode
-
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+    decode = _kernels().decode_attention
     return decode.decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
 
 

@@ -43,6 +43,11 @@ def fused_ffn_ref(
     return y if b2 is None else y + b2.double()
 
 
+def int4_gated_linear_ref(x: Tensor, w: Int4Weight, w_gate: Int4Weight, *, activation: str = "silu") -> Tensor:
+    """act(x @ w_gate.T) * (x @ w.T)."""
+    return ACTIVATIONS[activation](int4_gemm_ref(x, w_gate)) * int4_gemm_ref(x, w)
+
+
 def int4_ffn_ref(
     x: Tensor,
     w1: Int4Weight,

@@ -5,16 +5,24 @@
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
 batch of 8 costs what a batch of 1 costs. There are two kernels:
 
-- `_int4_gemm_kernel`: the warps of a block own different rows of W and share x; K is split over SPLITS blocks, and the
-  last of them to finish adds their partial sums in a fixed order. For all but the smallest weights, and for prefill.
-- `_int4_gemm_slice_kernel`: one block owns BLOCK_N rows and all of K, which its warps split among them (a batched dot).
-  For small weights, where a second pass over partial sums would be most of the time.
+- `_int4_decode_kernel`, up to DECODE_ROWS rows: weights go from global memory straight into the registers from which
+  the tensor core reads them, 16 bytes a thread, with no shared memory in between (`load_weights` says how). The warps
+  of a block split K among them. What a block reads first does not depend on x, so it is on its way before the kernel
+  waits for the one that computes x.
+- `_int4_gemm_kernel`, more rows (prefill): the warps of a block own different rows of W and share x through shared
+  memory; K is split over SPLITS blocks, and the last of them to finish adds their partial sums.
 
-So there are no atomic sums, nothing depends on the order of arrival, and a row's bits do not depend on its batch.
-`int4_tile`, the body of the second, is what the fused FFN uses too.
+Sums are added in a fixed order, whoever comes last and however many rows x has: a row's bits do not depend on its
+batch. `load_weights` and `int4_product`, the body of the first, are what the fused FFN uses too.
 """
 
-from dataclasses import dataclass, replace
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, device_guard, tensor_bytes
+from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
+from tiny_gemm.launcher import Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -63,26 +72,37 @@ def _unpack_plane(packed, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.
 
 
 @triton.jit
-def _load_pair(ptr, offs):
-    """Two neighbouring 16- or 32-bit floats at element 2 * offs, as fp32, by one load: only loads of 4 bytes and more a
-    thread are fetched ahead by the software pipeline."""
-    DTYPE: tl.constexpr = ptr.dtype.element_ty
-    if DTYPE.primitive_bitwidth == 32:
-        pair = tl.load(ptr.to(tl.pointer_type(tl.int64)) + offs)
-        return pair.to(tl.int32).to(DTYPE, bitcast=True), (pair >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+def _pair_ptr(ptr):
+    """`ptr` to 16- or 32-bit floats as one to words that hold two of them: a pair of neighbours comes by one load."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 32:
+        return ptr.to(tl.pointer_type(tl.int64))
     else:
-        pair = tl.load(ptr.to(tl.pointer_type(tl.int32)) + offs)
-        low = pair.to(tl.int16).to(DTYPE, bitcast=True)
-        high = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        return ptr.to(tl.pointer_type(tl.int32))
+
+
+@triton.jit
+def _split_pairs(pairs, DTYPE: tl.constexpr):
+    """The two floats of each word, as fp32."""
+    if DTYPE.primitive_bitwidth == 32:
+        return pairs.to(tl.int32).to(DTYPE, bitcast=True), (pairs >> 32).to(tl.int32).to(DTYPE, bitcast=True)
+    else:
+        low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
+        high = (pairs >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def _load_pair(ptr, offs):
+    """Pairs number `offs`, split. The software pipeline fetches ahead only loads of 4 bytes and more a thread."""
+    return _split_pairs(tl.load(_pair_ptr(ptr) + offs), ptr.dtype.element_ty)
 
 
 @triton.jit
 def wait_for_previous(PDL: tl.constexpr):
     """With programmatic dependent launch: waits until the kernel before this one has ended and its results are here.
 
-    Until then a kernel may write nothing and read nothing, but ask L2 for weights. It lets the next kernel start only
-    after its own wait: earlier, kernels would pile up on the SMs and all get slower.
+    Until then a kernel may write nothing, and read only weights, which no kernel of a step writes. It lets the next
+    kernel start only after its own wait: earlier, kernels would pile up on the SMs and all get slower.
     """
     if PDL:
         gdc_wait()
@@ -110,6 +130,232 @@ def prefetch_l2(ptr, num_bytes):
 
 
 @triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2 u) - 1
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    else:
+        tl.static_assert(ACTIVATION == "silu")
+        return x * tl.sigmoid(x)
+
+
+@triton.jit
+def _prefetch_units(w_ptr, block_n, first, end, N, K, ROW_TILES: tl.constexpr, UNIT: tl.constexpr):
+    """Asks L2 for the units from `first` up to `end` of ROW_TILES * 16 rows of a packed weight [N, K]."""
+    units = tl.cdiv(K, UNIT)
+    end = tl.minimum(end, units)
+    if first < end:
+        for t in tl.static_range(ROW_TILES):
+            tile = tl.minimum(block_n * ROW_TILES + t, tl.cdiv(N, 16) - 1).to(tl.int64)
+            prefetch_l2(w_ptr + (tile * units + first) * (4 * UNIT), (end - first) * (8 * UNIT))
+
+
+@triton.jit
+def load_weights(
+    w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
+    s_ptr,  # [N / 16, PAIRS, 16, 2]
+    z_ptr,  # like s_ptr, or None
+    block_n,  # which ROW_TILES * 16 rows of W
+    step,  # which WARPS * WARP_UNITS units of K
+    N,
+    K,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # -1: per-channel
+):
+    """packed int16 [32, WARPS, 2 * ROW_TILES, WARP_UNITS, UNIT / 16], and the pairs of scales and of zeros
+    [32, WARPS, 2 * ROW_TILES, pairs of a warp], each pair one word (where there are none, anything).
+
+    The first dimension is the lane, the second the warp, the rest are registers: Triton gives the dimension without
+    gaps to a thread and spreads the others over lanes, warps and registers in their order. Of each half tile (8 rows)
+    lane 4 r + t loads 4 bytes a unit and nibble plane for row r: stored columns t * UNIT / 16 and on. What it needs for
+    the product is columns 8 b + 2 t and 8 b + 2 t + 1 for each b; so int4_product calls stored column
+    t * UNIT / 16 + 2 b + p column 8 b + 2 t + p, of W and of x alike, and nothing moves between threads.
+    """
+    E: tl.constexpr = UNIT // 16  # int16 a lane and half tile
+    units = tl.cdiv(K, UNIT)
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    half = tl.arange(0, 2 * ROW_TILES)[None, None, :, None]
+    tile = block_n * ROW_TILES + half // 2
+    in_n = tile < tl.cdiv(N, 16)
+    unit = (step * WARPS + warp) * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :]
+    w_offs = (tile.to(tl.int64) * units + unit) * (4 * UNIT) + half % 2 * (2 * UNIT) + lane * E
+    in_w = in_n & (unit < units)
+    packed = tl.load(w_ptr + w_offs[:, :, :, :, None] + tl.arange(0, E), mask=in_w[:, :, :, :, None], other=0)
+    scales, zeros = packed, packed
+    if GROUP_SIZE != -1:
+        PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp
+        pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
+        pair = (step * WARPS + warp) * PAIRS + tl.arange(0, PAIRS)[None, None, None, :]
+        s_offs = (tile.to(tl.int64) * pairs + pair) * 16 + half % 2 * 8 + lane // 4
+        in_s = in_n & (pair < pairs)
+        scales = tl.load(_pair_ptr(s_ptr) + s_offs, mask=in_s, other=0)
+        if z_ptr is not None:
+            zeros = tl.load(_pair_ptr(z_ptr) + s_offs, mask=in_s, other=0)
+    return packed, scales, zeros
+
+
+@triton.jit
+def _group_factor(
+    pairs,
+    group: tl.constexpr,
+    GROUPS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+):
+    """The scale (or zero) of group `group` of GROUPS in every unit, of load_weights' pairs, as fp32
+    [WARP_UNITS, WARPS, 2 * ROW_TILES, 8, 1, 4, 1]."""
+    if GROUPS == 1:  # a pair is that of two units
+        low, high = _split_pairs(pairs, DTYPE)
+        factor = tl.join(low, high).reshape(32, WARPS, 2 * ROW_TILES, WARP_UNITS)
+    else:
+        if GROUPS == 4:
+            first, second = tl.split(pairs.reshape(32, WARPS, 2 * ROW_TILES, WARP_UNITS, 2))
+            pairs = first if group < 2 else second
+        low, high = _split_pairs(pairs, DTYPE)
+        factor = low if group % 2 == 0 else high
+    factor = factor.reshape(8, 4, WARPS, 2 * ROW_TILES, WARP_UNITS).permute(4, 2, 3, 0, 1)
+    return factor[:, :, :, :, None, :, None]
+
+
+@triton.jit
+def _multiply_step(
+    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
+    packed,
+    scales,
+    zeros,
+    s_ptr,
+    z_ptr,
+    total,
+    x_total,
+    block_m,
+    step,
+    M,
+    K,
+    stride_xm,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_TILES: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Adds x times what load_weights loaded for this step to `total`, and for zeros per channel the sums of x to
+    `x_total`; both fp32 [WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2]. Columns past K have x = 0."""
+    COLS: tl.constexpr = UNIT // 4
+    E: tl.constexpr = UNIT // 16
+    ROWS: tl.constexpr = 16 * ROW_TILES
+    BATCH: tl.constexpr = WARP_UNITS * WARPS
+    BLOCK_M: tl.constexpr = 8 * X_TILES
+    GROUP: tl.constexpr = UNIT if GROUP_SIZE == -1 else GROUP_SIZE
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+
+    # [warp units * warps, rows, columns] in the order of columns that load_weights tells
+    packed = packed.reshape(8, 4, WARPS, 2 * ROW_TILES, WARP_UNITS, E // 2, 2)
+    packed = packed.permute(4, 2, 3, 0, 5, 1, 6).reshape(BATCH, ROWS, COLS)
+    offs_m = tl.arange(0, 8)[:, None, None, None, None] + 8 * tl.arange(0, X_TILES)[None, None, :, None, None]
+    offs_m += block_m * BLOCK_M
+    unit = step * WARPS + tl.arange(0, WARPS)[None, :, None, None, None]
+    unit = unit * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :, None]
+    ones = tl.full([BATCH, ROWS, COLS], 1.0, DTYPE)
+
+    partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+    x_sum = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+    for plane in tl.static_range(4):
+        k = unit * UNIT + plane * COLS + tl.arange(0, COLS)  # [1, WARPS, 1, WARP_UNITS, COLS]
+        x = tl.load(x_ptr + offs_m.to(tl.int64) * stride_xm + k, mask=(offs_m < M) & (k < K), other=0.0)
+        x = x.reshape(8, WARPS, X_TILES, WARP_UNITS, 4, E // 2, 2)
+        x = x.permute(3, 1, 5, 4, 6, 2, 0).reshape(BATCH, COLS, BLOCK_M)
+        partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
+        if z_ptr is not None:
+            x_sum = tl.dot(ones, x, x_sum)  # the sum over k, the same in every row, in the layout of partial
+        if (plane + 1) * COLS % GROUP == 0:  # a group ends here
+            sums = partial.reshape(WARP_UNITS, WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2)
+            x_sums = x_sum.reshape(WARP_UNITS, WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2)
+            if GROUP_SIZE == -1:
+                total += tl.sum(sums, 0)
+                x_total += tl.sum(x_sums, 0)
+            else:
+                if z_ptr is not None:
+                    zero = _group_factor(
+                        zeros, plane * COLS // GROUP, UNIT // GROUP, z_ptr.dtype.element_ty,
+                        ROW_TILES, WARP_UNITS, WARPS,
+                    )  # fmt: skip
+                    sums -= (zero - 8.0) * x_sums
+                scale = _group_factor(
+                    scales, plane * COLS // GROUP, UNIT // GROUP, s_ptr.dtype.element_ty, ROW_TILES, WARP_UNITS, WARPS
+                )
+                total += tl.sum(sums * scale, 0)
+            partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+            x_sum = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+    return total, x_total
+
+
+@triton.jit
+def int4_product(
+    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
+    packed,  # what load_weights loaded for step 0
+    scales,
+    zeros,
+    w_ptr,
+    s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
+    z_ptr,
+    block_n,
+    block_m,
+    M,
+    N,
+    K,
+    stride_xm,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_TILES: tl.constexpr,
+    ONE_STEP: tl.constexpr,  # K ends with step 0
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """W[block_n's rows] @ x[block_m's rows].T -> fp32 [16 * ROW_TILES, 8 * X_TILES]. Each step's weights are
+    asked for before those of the step before are multiplied."""
+    ROWS: tl.constexpr = 16 * ROW_TILES
+    BLOCK_M: tl.constexpr = 8 * X_TILES
+    total = tl.zeros([WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2], tl.float32)
+    x_total = tl.zeros([WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2], tl.float32)
+    if ONE_STEP:
+        total, x_total = _multiply_step(
+            x_ptr, packed, scales, zeros, s_ptr, z_ptr, total, x_total, block_m, 0, M, K, stride_xm,
+            ROW_TILES, WARP_UNITS, WARPS, X_TILES, UNIT, GROUP_SIZE, USE_ASM,
+        )  # fmt: skip
+    else:
+        for step in tl.range(0, tl.cdiv(tl.cdiv(K, UNIT), WARP_UNITS * WARPS), num_stages=1):
+            next_packed, next_scales, next_zeros = load_weights(
+                w_ptr, s_ptr, z_ptr, block_n, step + 1, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
+            )
+            total, x_total = _multiply_step(
+                x_ptr, packed, scales, zeros, s_ptr, z_ptr, total, x_total, block_m, step, M, K, stride_xm,
+                ROW_TILES, WARP_UNITS, WARPS, X_TILES, UNIT, GROUP_SIZE, USE_ASM,
+            )  # fmt: skip
+            packed, scales, zeros = next_packed, next_scales, next_zeros
+    acc = tl.sum(total, 0).reshape(ROWS, BLOCK_M)
+    if GROUP_SIZE == -1:
+        rows = tl.minimum(block_n * ROWS + tl.arange(0, ROWS), N - 1)  # one scale a row, so in the order of the rows
+        if z_ptr is not None:
+            zero = tl.load(z_ptr + rows).to(tl.float32)[:, None]
+            acc -= (zero - 8.0) * tl.sum(x_total, 0).reshape(ROWS, BLOCK_M)
+        acc *= tl.load(s_ptr + rows).to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
 def int4_tile(
     x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -130,7 +376,7 @@ def int4_tile(
     STAGES: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """W[block_n's rows] @ x[offs_m].T -> fp32 [BLOCK_N, BLOCK_M].
+    """W[block_n's rows] @ x[offs_m].T -> fp32 [BLOCK_N, BLOCK_M], through shared memory: what the fused FFN is made of.
 
     Slice i of SLICES takes a contiguous run of steps (STEP units: two groups or more); what is past the end is clamped
     to the last one and multiplied by x = 0, so that no load of weights has a mask. Rows past N repeat the last tile and
@@ -207,46 +453,66 @@ def int4_tile(
 
 def _int4_gemm_cost(grid, kernel, args) -> dict:
     """Bytes that one launch reads and writes, each once, and its flops, for a launch hook (see profiling)."""
-    tensors = (args[name] for name in ("x_ptr", "w_ptr", "s_ptr", "z_ptr", "bias_ptr", "y_ptr"))
-    return {"bytes": tensor_bytes(*tensors), "flops16": 2 * args["M"] * args["N"] * args["K"]}
+    scratch = ("partial_ptr", "counter_ptr")
+    tensors = (t for name, t in args.items() if name.endswith("_ptr") and name not in scratch)
+    products = 1 if args.get("gate_ptr") is None else 2
+    return {"bytes": tensor_bytes(*tensors), "flops16": 2 * products * args["M"] * args["N"] * args["K"]}
 
 
-@triton.jit(launch_metadata=_int4_gemm_cost)
-def _int4_gemm_slice_kernel(
+@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
+def _int4_decode_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
-    s_ptr,  # [N / 16, PAIRS, 16, 2]
+    s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
     z_ptr,  # like s_ptr, or None
-    bias_ptr,  # [N] or None
+    gate_ptr,  # a second weight in the same form, or None: y = act(x @ gate.T) * (x @ W.T)
+    gate_s_ptr,
+    gate_z_ptr,
+    bias_ptr,  # [N] or None; not with a gate
     y_ptr,  # [M, N], contiguous
     M,
     N,
     K,
     stride_xm,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    SLICES: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_TILES: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    STAGES: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # of the gate
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,  # only with PDL
 ):
-    """Few rows of x and a small W: K split over the warps of a block."""
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    """Few rows of x: a block owns 16 * ROW_TILES rows of W and all of K, which its warps split among them."""
+    block_m = tl.program_id(0)
     block_n = tl.program_id(1)
-    if PDL:
-        TILES: tl.constexpr = BLOCK_N // 16
-        units = tl.cdiv(K, UNIT)
-        first = block_n * TILES
-        tiles = tl.minimum(tl.cdiv(N, 16) - first, TILES)
-        prefetch_l2(w_ptr + first.to(tl.int64) * units * (4 * UNIT), tiles * units * (8 * UNIT))
+    if PREFETCH:  # what the first step leaves
+        _prefetch_units(w_ptr, block_n, WARPS * WARP_UNITS, 2**30, N, K, ROW_TILES, UNIT)
+        if gate_ptr is not None:
+            _prefetch_units(gate_ptr, block_n, WARPS * WARP_UNITS, 2**30, N, K, ROW_TILES, UNIT)
+    packed, scales, zeros = load_weights(
+        w_ptr, s_ptr, z_ptr, block_n, 0, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
+    )
+    if gate_ptr is not None:
+        gate_packed, gate_scales, gate_zeros = load_weights(
+            gate_ptr, gate_s_ptr, gate_z_ptr, block_n, 0, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
+        )
     wait_for_previous(PDL)
-    acc = int4_tile(
-        x_ptr, w_ptr, s_ptr, z_ptr, block_n, offs_m, M, N, K, stride_xm,
-        BLOCK_N, BLOCK_M, SLICES, UNIT, GROUP_SIZE, z_ptr is not None, STAGES, USE_ASM,
+    acc = int4_product(
+        x_ptr, packed, scales, zeros, w_ptr, s_ptr, z_ptr, block_n, block_m, M, N, K, stride_xm,
+        ROW_TILES, WARP_UNITS, WARPS, X_TILES, ONE_STEP, UNIT, GROUP_SIZE, USE_ASM,
     )  # fmt: skip
-    store_tile(acc, bias_ptr, y_ptr, block_n * BLOCK_N + tl.arange(0, BLOCK_N), offs_m, M, N)
+    if gate_ptr is not None:
+        gate = int4_product(
+            x_ptr, gate_packed, gate_scales, gate_zeros, gate_ptr, gate_s_ptr, gate_z_ptr, block_n, block_m,
+            M, N, K, stride_xm, ROW_TILES, WARP_UNITS, WARPS, X_TILES, ONE_STEP, UNIT, GROUP_SIZE, USE_ASM,
+        )  # fmt: skip
+        acc *= activate(gate, ACTIVATION)
+    offs_n = block_n * (16 * ROW_TILES) + tl.arange(0, 16 * ROW_TILES)
+    store_tile(acc, bias_ptr, y_ptr, offs_n, block_m * (8 * X_TILES) + tl.arange(0, 8 * X_TILES), M, N)
 
 
 @triton.jit
@@ -259,7 +525,7 @@ def store_tile(acc, bias_ptr, y_ptr, offs_n, offs_m, M, N):
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
-@triton.jit(launch_metadata=_int4_gemm_cost)
+@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
 def _int4_gemm_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -298,11 +564,8 @@ def _int4_gemm_kernel(
     block_n = tl.program_id(1)
 
     if PREFETCH:
-        first_unit = tl.minimum(split * per_split * STEP, units - 1)
-        last_unit = tl.minimum(first_unit + per_split * STEP, units)
-        for t in tl.static_range(BLOCK_N // 16):
-            row_tile = tl.minimum(block_n * (BLOCK_N // 16) + t, tl.cdiv(N, 16) - 1).to(tl.int64)
-            prefetch_l2(w_ptr + (row_tile * units + first_unit) * (4 * UNIT), (last_unit - first_unit) * (8 * UNIT))
+        first = split * per_split * STEP
+        _prefetch_units(w_ptr, block_n, first, first + per_split * STEP, N, K, BLOCK_N // 16, UNIT)
     wait_for_previous(PDL)
 
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -336,7 +599,9 @@ def _int4_gemm_kernel(
                             s_offs = s_rows + (pair + (u * UNIT + plane * COLS) // GROUP_SIZE // 2) * 16  # [BLOCK_N]
                             scale, next_scale = _load_pair(s_ptr, s_offs)
                             if HAS_ZEROS:
-                                zero, next_zero = _load_pair(z_ptr, s_offs)
+                                zero, next_zero = _split_pairs(
+                                    tl.load(_pair_ptr(z_ptr) + s_offs), z_ptr.dtype.element_ty
+                                )
                         else:
                             scale = next_scale
                             if HAS_ZEROS:
@@ -377,22 +642,34 @@ def _int4_gemm_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
-SLICED_WEIGHTS = 6 * 2**20  # W of no more elements than this takes the slice kernel
+DIRECT_WEIGHTS = 26 * 2**20  # W of no more elements than this takes the decode kernel ...
+DIRECT_WEIGHTS_ODD = 6 * 2**20  # ... and of other kinds than symmetric with groups of 128, of no more than this
 MAX_BLOCKS = 65535  # along the second dimension of a grid
-MAX_REGISTERS = 128  # a thread of the slice kernel: told nothing, ptxas aims lower and spills on sm_80
 
 
 @dataclass(frozen=True)
-class GemmConfig:
-    """block_n rows of W and block_m rows of x a block; K split over `slices` warps of a block (0: not at all) and over
-    `splits` blocks; `stages` tiles in flight."""
+class DecodeConfig:
+    """A block takes 16 * row_tiles rows of W; a step is `warp_units` units of K for each of its `warps` warps.
+    max_registers: a thread may have so many. prefetch: ask L2 early for what the first step leaves."""
+
+    row_tiles: int
+    warp_units: int
+    warps: int
+    max_registers: int
+    prefetch: bool = False
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """block_n rows of W and block_m rows of x a block; K split over `splits` blocks; `stages` tiles in flight.
+    prefetch: ask L2 early for what a block will read, which pays while the whole grid is resident at once."""
 
     block_n: int
     block_m: int
-    slices: int
     splits: int
     num_warps: int
     stages: int
+    prefetch: bool = False
 
 
 def units_per_step(unit: int, group_size: int) -> int:
@@ -400,43 +677,31 @@ def units_per_step(unit: int, group_size: int) -> int:
     return 2 if group_size == unit else 1
 
 
-def shared_memory_bytes(config, block_k: int, weight_bytes: float = 0.5) -> int:
-    """What the software pipeline of a GemmConfig or FfnConfig keeps in flight: block_k columns a stage (and slice) of
-    block_n weights of weight_bytes each, and of block_m 16-bit activations."""
-    tile = config.block_n * weight_bytes + config.block_m * 2
-    return int((config.stages - 1) * max(config.slices, 1) * block_k * tile)
-
-
-def fit_shared_memory(config, block_k: int, facts: DeviceFacts, weight_bytes: float = 0.5):
-    """The configuration with as many stages (2 at least) as one block may hold in shared memory."""
-    while config.stages > 2 and shared_memory_bytes(config, block_k, weight_bytes) > facts.shared_memory_bytes - 8192:
-        config = replace(config, stages=config.stages - 1)
-    return config
-
-
-def pick_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> GemmConfig:
-    """The configuration for x [m, k] and W [n, k]. Within the decode sizes slices and splits of K do not depend on m,
+def pick_config(
+    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts
+) -> DecodeConfig | SplitConfig:
+    """The configuration for x [m, k] and W [n, k]. Within the decode sizes K is cut in a way that does not depend on m,
     so that a row's sums are added in one order whatever its batch."""
-    # Swept on an H200, 2026-11-22, M = 1 to 16: see docs/notes/int4-gemm.md.
     unit = unit_k(k)
     step = unit * units_per_step(unit, group_size)
-    steps = triton.cdiv(k, step)
+    swept = group_size == 128 and symmetric
+    if m <= DECODE_ROWS and n * k <= (DIRECT_WEIGHTS if swept else DIRECT_WEIGHTS_ODD):
+        return pick_decode_config(m, n, k, group_size, symmetric, facts)
     if m <= DECODE_ROWS:
-        # NVIDIA's tensor cores take 8 columns at once, AMD's 16; a narrower tile of x still saves loads, unless it gets
-        # too small for the pipeline.
+        # A narrower tile of x saves loads, unless it gets too small for the pipeline.
         narrowest = 16 if not facts.is_nvidia else 8 if unit == 64 else 2
         block_m = max(narrowest, triton.next_power_of_2(m))
-        stages = 4 if block_m == 16 else 3
-        if n * k <= SLICED_WEIGHTS:
-            slices = 8 if k > 4096 and facts.is_nvidia else 4  # AMD's shared memory holds no more
-            return fit_shared_memory(GemmConfig(16, block_m, slices, 1, slices, stages), step, facts)
-        splits = _splits(8 * facts.sm_count // triton.cdiv(n, 32), steps)
         block_n = 32 if block_m == 2 else 64
-        return fit_shared_memory(GemmConfig(block_n, block_m, 0, splits, block_n // 32, stages), step, facts)
+        splits = _splits(8 * facts.sm_count // triton.cdiv(n, 32), triton.cdiv(k, step))
+        stages = 2 if not facts.is_nvidia else 4 if block_m == 16 else 3
+        prefetch = n * k <= facts.sm_count * 160 * 1024
+        return SplitConfig(block_n, block_m, splits, block_n // 32, stages, prefetch)
     # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
     block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
-    splits = _splits(2 * facts.sm_count // (triton.cdiv(n, 64) * triton.cdiv(m, block_m)), steps)
-    return fit_shared_memory(GemmConfig(64, block_m, 0, splits, num_warps=4, stages=3), step, facts)
+    blocks = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
+    splits = _splits(2 * facts.sm_count // blocks, triton.cdiv(k, step))
+    stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
+    return SplitConfig(64, block_m, splits, num_warps=4, stages=stages)
 
 
 def _splits(wanted: int, steps: int) -> int:
@@ -445,6 +710,128 @@ def _splits(wanted: int, steps: int) -> int:
     while 2 * splits <= min(wanted, steps // 2, 8):
         splits *= 2
     return splits
+
+
+def pick_decode_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> DecodeConfig:
+    """As pick_config, among blocks of the decode kernel."""
+    # Swept on an H100, 2026-11-24, groups of 32 and 128: see docs/notes/int4-gemm.md.
+    unit = unit_k(k)
+    units = triton.cdiv(k, unit)
+    if not facts.is_nvidia:
+        return DecodeConfig(1, 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 0)
+    if group_size != 128 or not symmetric:
+        if unit == 128 and symmetric:
+            return DecodeConfig(1, 2, 8, 255)
+        return DecodeConfig(1, units_per_step(unit, group_size), 4 if units <= 16 else 8, 255)
+    warps = 4 if units <= 32 else 8
+    if 4 * warps >= units:  # one step
+        return DecodeConfig(1, 4, warps, 112 if m <= 8 else 168)
+    return DecodeConfig(1, 4, warps, 168 if m <= 8 else 255, prefetch=warps == 4 and n <= 32 * facts.sm_count)
+
+
+def pick_gated_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> DecodeConfig:
+    """The configuration of int4_gated_linear for x [m, k] and two weights [n, k]."""
+    # Swept on an H100, 2026-11-24, groups of 32 and 128: see docs/notes/int4-gemm.md.
+    unit = unit_k(k)
+    if not facts.is_nvidia:
+        return pick_decode_config(m, n, k, group_size, symmetric, facts)
+    warp_units = units_per_step(unit, group_size)
+    registers = 128 if symmetric and m <= 8 and group_size != -1 else 255
+    return DecodeConfig(1, warp_units, 4, registers, prefetch=n * k <= DIRECT_WEIGHTS_ODD)
+
+
+_TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, most rows) -> what a sweep found
+
+
+def load_table(path: str | os.PathLike) -> None:
+    """Takes the configurations that benchmarks/sweep_int4_gemm.py found for a GPU, where it is this one, before those
+    of pick_config. The environment variable TINY_GEMM_TABLE does the same. ValueError for a file that is no table."""
+    try:
+        table = json.loads(Path(path).read_text())
+        fields = [f.name for f in dataclasses.fields(DecodeConfig)]
+        found = {
+            (table["gpu"], e["k"], e["n"], e["group_size"], e["rows"]): DecodeConfig(*(e[name] for name in fields))
+            for e in table["entries"]
+        }
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{path} is no table of benchmarks/sweep_int4_gemm.py: {type(e).__name__}: {e}") from e
+    _TABLE.update(found)
+    plan.cache_clear()
+
+
+class Launch(NamedTuple):
+    """What int4_gemm does for one shape: launcher(grid, ...), with scratch of `partials` fp32 and `arrivals` int32."""
+
+    launcher: Launcher
+    grid: tuple[int, int, int]
+    partials: int = 0
+    arrivals: int = 0
+
+
+@lru_cache(maxsize=4096)
+def plan(
+    m: int,
+    n: int,
+    k: int,
+    group_size: int,
+    symmetric: bool,
+    facts: DeviceFacts,
+    config: DecodeConfig | SplitConfig | None = None,
+    activation: str | None = None,
+) -> Launch:
+    """The launch for x [m, k] and W [n, k]: by the configuration given, else that of a table, else pick_config's. With
+    an activation it is that of int4_gated_linear."""
+    if config is None and activation is not None:
+        config = pick_gated_config(m, n, k, group_size, symmetric, facts)
+    if config is None and symmetric and m <= DECODE_ROWS:
+        config = _TABLE.get((facts.name, k, n, group_size, 8 if m <= 8 else DECODE_ROWS))
+    if config is None:
+        config = pick_config(m, n, k, group_size, symmetric, facts)
+    unit = unit_k(k)
+    if isinstance(config, DecodeConfig):
+        block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
+        block_n = 16 * config.row_tiles
+        one_step = config.warps * config.warp_units * unit >= k
+        launch = Launch(
+            _decode_launcher(config, block_m // 8, one_step, unit, group_size, activation, facts),
+            (triton.cdiv(m, block_m), triton.cdiv(n, block_n), 1),
+        )
+    else:
+        block_n = config.block_n
+        blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, block_n)
+        blocks = blocks_m * blocks_n if config.splits > 1 else 0
+        launch = Launch(
+            _split_launcher(config, unit, group_size, facts),
+            (blocks_m * config.splits, blocks_n, 1),
+            blocks * config.splits * block_n * config.block_m,
+            blocks,
+        )
+    if launch.grid[1] > MAX_BLOCKS:
+        raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * block_n}: a launch has no more blocks")
+    return launch
+
+
+@cache
+def _decode_launcher(
+    config: DecodeConfig, x_tiles: int, one_step: bool, unit: int, group_size: int, activation: str | None,
+    facts: DeviceFacts,
+) -> Launcher:  # fmt: skip
+    meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
+    return Launcher(
+        _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
+        X_TILES=x_tiles, ONE_STEP=one_step, UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation,
+        USE_ASM=facts.is_nvidia, PREFETCH=config.prefetch and facts.has_pdl, num_warps=config.warps,
+        **pdl_options(facts), **meta,
+    )  # fmt: skip
+
+
+@cache
+def _split_launcher(config: SplitConfig, unit: int, group_size: int, facts: DeviceFacts) -> Launcher:
+    return Launcher(
+        _int4_gemm_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits, UNIT=unit,
+        GROUP_SIZE=group_size, STAGES=config.stages, USE_ASM=facts.is_nvidia, num_warps=config.num_warps,
+        PREFETCH=config.prefetch and facts.has_pdl, **pdl_options(facts),
+    )  # fmt: skip
 
 
 def check_aligned(**tensors: Tensor | None) -> None:
@@ -459,6 +846,13 @@ def pdl_options(facts: DeviceFacts) -> dict:
     return {"PDL": True, "launch_pdl": True} if facts.has_pdl else {"PDL": False}
 
 
+def _readable(x: Tensor) -> Tensor:
+    """x as the kernels read it: 16-bit floats, rows without gaps."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"the INT4 GEMM: x is {x.dtype}, on a GPU it must be bfloat16 or float16")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 def int4_gemm(
     x: Tensor,
     packed: Tensor,
@@ -467,54 +861,57 @@ def int4_gemm(
     bias: Tensor | None,
     group_size: int,
     out_features: int,
-    config: GemmConfig | None = None,
+    config: DecodeConfig | SplitConfig | None = None,
 ) -> Tensor:
     """x [M, K] (bf16 or fp16) times the Int4Weight given by its parts -> [M, out_features]; see ops.int4_gemm."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"int4_gemm: x is {x.dtype}, on a GPU it must be bfloat16 or float16")
     m, k = x.shape
-    n = out_features
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x = _readable(x)
+    if bias is not None:
+        bias = bias.contiguous()
     check_aligned(packed=packed, scales=scales, zeros=zeros)
-    y = x.new_empty(m, n)
+    y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    facts = device_facts(x.device)
-    config = config or pick_config(m, n, k, group_size, zeros is None, facts)
-    blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, config.block_n)
-    if blocks_n > MAX_BLOCKS:
-        raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * config.block_n}: a launch has no more blocks")
-    meta = {
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "UNIT": unit_k(k),
-        "GROUP_SIZE": group_size,
-        "STAGES": config.stages,
-        "USE_ASM": facts.is_nvidia,
-        "num_warps": config.num_warps,
-        **pdl_options(facts),
-    }
-    args = x, packed, scales, zeros, bias, y
-    with device_guard(x):
-        if config.slices:
-            grid = blocks_m, blocks_n
-            if facts.is_nvidia:
-                meta["maxnreg"] = MAX_REGISTERS
-            _int4_gemm_slice_kernel[grid](*args, m, n, k, x.stride(0), SLICES=config.slices, **meta)
-        else:
-            grid = blocks_m * config.splits, blocks_n
-            scratch = None, None
-            if config.splits > 1:
-                size = blocks_m * blocks_n * config.splits * config.block_n * config.block_m
-                scratch = x.new_empty(size, dtype=torch.float32), counters(x.device, blocks_m * blocks_n, "int4_gemm")
-            # Prefetching pays while the whole grid is resident at once.
-            prefetch = facts.has_pdl and m <= DECODE_ROWS and packed.nbytes <= facts.sm_count * 80 * 1024
-            _int4_gemm_kernel[grid](
-                *args, *scratch, m, n, k, x.stride(0), SPLITS=config.splits, PREFETCH=prefetch, **meta
-            )
+    launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config)
+    if launch.launcher.kernel is _int4_decode_kernel:
+        tensors = x, packed, scales, zeros, None, None, None, bias, y
+    elif launch.partials:
+        partials, arrivals = scratch(x, launch.partials), counters(x.device, launch.arrivals, "int4_gemm")
+        tensors = x, packed, scales, zeros, bias, y, partials, arrivals
+    else:
+        tensors = x, packed, scales, zeros, bias, y, None, None
+    launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
+    return y
+
+
+def int4_gated_linear(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    gate_packed: Tensor,
+    gate_scales: Tensor,
+    gate_zeros: Tensor | None,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    config: DecodeConfig | None = None,
+) -> Tensor:
+    """act(x @ gate.T) * (x @ W.T) for x [M <= DECODE_ROWS, K]; see ops.int4_gated_linear."""
+    m, k = x.shape
+    x = _readable(x)
+    check_aligned(packed=packed, scales=scales, zeros=zeros)
+    check_aligned(gate_packed=gate_packed, gate_scales=gate_scales, gate_zeros=gate_zeros)
+    y = x.new_empty(m, out_features)
+    if m == 0:
+        return y
+    launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config, activation)
+    tensors = x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y
+    launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
     return y
 
 
 assert TILE_N == 16, "the kernels are written for tiles of 16 rows"
+
+if os.environ.get("TINY_GEMM_TABLE"):
+    load_table(os.environ["TINY_GEMM_TABLE"])

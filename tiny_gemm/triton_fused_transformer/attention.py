@@ -13,13 +13,14 @@ keeps by 1 / (1 - dropout_p); the softmax is normalised before dropout.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, device_facts, device_guard, tensor_bytes
+from tiny_gemm.device import DeviceFacts, device_facts, tensor_bytes
+from tiny_gemm.launcher import Launcher
 
 LOG2_E = 1.4426950408889634
 
@@ -169,6 +170,22 @@ def pick_config(rows: int, head_dim: int, itemsize: int, has_dropout: bool, devi
     return AttentionConfig(128, 64 if wgmma else 32, num_warps=8, num_stages=num_stages)
 
 
+@cache
+def _launcher(config: AttentionConfig, causal: bool, has_dropout: bool, group: int, head_dim: int) -> Launcher:
+    return Launcher(
+        _fused_attention_kernel,
+        CAUSAL=causal,
+        HAS_DROPOUT=has_dropout,
+        G=group,
+        D=head_dim,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
 def fused_attention(
     q: Tensor,
     k: Tensor,
@@ -195,30 +212,11 @@ def fused_attention(
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1
     group = heads // kv_heads
     config = pick_config(Lq * group, D, q.element_size(), dropout_p > 0, device_facts(q.device))
-    out = torch.empty((batch, Lq, heads, D), dtype=q.dtype, device=q.device)
-    grid = (triton.cdiv(Lq * group, config.block_m), kv_heads, batch)
-    with device_guard(q):
-        _fused_attention_kernel[grid](
-            q,
-            k,
-            v,
-            out,
-            *q.stride()[:3],
-            *k.stride()[:3],
-            *v.stride()[:3],
-            Lq,
-            Lk,
-            (D**-0.5 if scale is None else scale) * LOG2_E,
-            dropout_p,
-            seed,
-            CAUSAL=causal,
-            HAS_DROPOUT=dropout_p > 0,
-            G=group,
-            D=D,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_D=triton.next_power_of_2(D),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-        )
+    out = q.new_empty(batch, Lq, heads, D)
+    scale_log2 = (D**-0.5 if scale is None else scale) * LOG2_E
+    _launcher(config, causal, dropout_p > 0, group, D)(
+        (triton.cdiv(Lq * group, config.block_m), kv_heads, batch),
+        (q, k, v, out),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Lq, Lk, scale_log2, float(dropout_p), seed),
+    )
     return out.transpose(1, 2)

@@ -15,13 +15,15 @@ and stores them; no other block reads that position.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, device_guard, tensor_bytes
+from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
+from tiny_gemm.launcher import Launcher
 from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
 
 LOG2_E = 1.4426950408889634
@@ -234,6 +236,7 @@ class DecodeAttentionConfig:
     num_stages: int
 
 
+@cache
 def pick_config(
     kv_heads: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
 ) -> DecodeAttentionConfig:
@@ -248,6 +251,23 @@ def pick_config(
         return DecodeAttentionConfig(num_splits, block_n, num_warps=8, num_stages=1)
     num_warps = 2 if block_d <= 64 and device.is_nvidia else 4
     return DecodeAttentionConfig(num_splits, block_n, num_warps, num_stages=3 if device.is_nvidia else 2)
+
+
+@cache
+def _launcher(config: DecodeAttentionConfig, rope_half: int, group: int, head_dim: int, facts: DeviceFacts) -> Launcher:
+    return Launcher(
+        _decode_attention_kernel,
+        ROPE_HALF=rope_half,
+        G=group,
+        D=head_dim,
+        NUM_SPLITS=config.num_splits,
+        BLOCK_N=config.block_n,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **pdl_options(facts),
+    )
 
 
 def decode_attention(
@@ -269,46 +289,22 @@ def decode_attention(
     A row whose lengths[b] >= Lmax appends nothing and attends to the Lmax cached tokens, rotated for position Lmax - 1.
     """
     batch, heads, D = q.shape
-    kv_heads, Lmax = k_cache.shape[1], k_cache.shape[2]
-    if k.stride() != v.stride():
+    _, kv_heads, Lmax, _ = k_cache.shape
+    q_strides, k_strides, cache_strides = q.stride(), k.stride(), k_cache.stride()
+    if k_strides != v.stride():
         k, v = k.contiguous(), v.contiguous()  # not so for views of one QKV row
+        k_strides = k.stride()
     assert D <= 256 and heads % kv_heads == 0
-    assert q.stride(2) == k.stride(2) == v.stride(2) == k_cache.stride(3) == 1
-    group = heads // kv_heads
-    rope_half = 0
-    if rope_cos is not None:
-        rope_half = rope_cos.shape[1]
+    assert q_strides[2] == k_strides[2] == v.stride(2) == cache_strides[3] == 1
+    rope_half = 0 if rope_cos is None else rope_cos.shape[1]
     facts = device_facts(q.device)
     config = pick_config(kv_heads, Lmax, D, k_cache.element_size(), facts)
-    out = torch.empty((batch, heads, D), dtype=q.dtype, device=q.device)
-    partial = torch.empty(batch * heads * config.num_splits * (D + 1), dtype=torch.float32, device=q.device)
-    with device_guard(q):
-        _decode_attention_kernel[(config.num_splits, kv_heads, batch)](
-            q,
-            k,
-            v,
-            k_cache,
-            v_cache,
-            lengths,
-            rope_cos,
-            rope_sin,
-            partial,
-            counters(q.device, batch * kv_heads),
-            out,
-            *q.stride()[:2],
-            *k.stride()[:2],
-            *k_cache.stride()[:3],
-            Lmax,
-            (D**-0.5 if scale is None else scale) * LOG2_E,
-            ROPE_HALF=rope_half,
-            G=group,
-            D=D,
-            NUM_SPLITS=config.num_splits,
-            BLOCK_N=config.block_n,
-            BLOCK_G=max(16, triton.next_power_of_2(group)),
-            BLOCK_D=triton.next_power_of_2(D),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            **pdl_options(facts),
-        )
+    out = q.new_empty(batch, heads, D)
+    partial = scratch(q, batch * heads * config.num_splits * (D + 1))
+    arrivals = counters(q.device, batch * kv_heads)
+    _launcher(config, rope_half, heads // kv_heads, D, facts)(
+        (config.num_splits, kv_heads, batch),
+        (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, partial, arrivals, out),
+        (*q_strides[:2], *k_strides[:2], *cache_strides[:3], Lmax, (D**-0.5 if scale is None else scale) * LOG2_E),
+    )
     return out

@@ -12,7 +12,8 @@ Both phases stream weights as the INT4 GEMM does: weights are the M operand, K i
 added in a fixed order. W1, W2 and Wg are 16 bit or packed INT4.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import triton
@@ -20,9 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, device_guard, tensor_bytes
+from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, tensor_bytes
+from tiny_gemm.launcher import Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_gemm import check_aligned, fit_shared_memory, int4_tile, store_tile
+from tiny_gemm.triton_gemm import activate, check_aligned, int4_tile, store_tile
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
 MAX_REGISTERS = 255  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100
@@ -83,19 +85,6 @@ def grid_barrier(barrier_ptr, USE_ASM: tl.constexpr):
             while now == generation:
                 now = tl.atomic_add(barrier_ptr + 1, 0, sem="acquire")
         tl.debug_barrier()
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2 u) - 1
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
-    else:
-        tl.static_assert(ACTIVATION == "silu")
-        return x * tl.sigmoid(x)
 
 
 @triton.jit
@@ -193,9 +182,9 @@ def _dense_ffn_kernel(
                 x_ptr, wg_ptr, offs_n, offs_m, M, H, D, stride_xm, stride_wgk, stride_wgn,
                 BLOCK_N, BLOCK_M, SLICES, BLOCK_K, STAGES,
             )  # fmt: skip
-            up *= _activate(gate, ACTIVATION)
+            up *= activate(gate, ACTIVATION)
         else:
-            up = _activate(up, ACTIVATION)
+            up = activate(up, ACTIVATION)
         store_tile(up, None, hidden_ptr, offs_n, offs_m, M, H)
     grid_barrier(barrier_ptr, USE_ASM)
     if PDL:  # launched the ordinary way, as cooperative launches are; but the next kernel may start
@@ -257,9 +246,9 @@ def _int4_ffn_kernel(
                 x_ptr, wg_ptr, sg_ptr, zg_ptr, tile, offs_m, M, H, D, stride_xm,
                 BLOCK_N, BLOCK_M, SLICES, UNIT1, GROUP_SIZE1, zg_ptr is not None, STAGES, USE_ASM,
             )  # fmt: skip
-            up *= _activate(gate, ACTIVATION)
+            up *= activate(gate, ACTIVATION)
         else:
-            up = _activate(up, ACTIVATION)
+            up = activate(up, ACTIVATION)
         store_tile(up, None, hidden_ptr, offs_n, offs_m, M, H)
     grid_barrier(barrier_ptr, USE_ASM)
     if PDL:  # launched the ordinary way, as cooperative launches are; but the next kernel may start
@@ -300,28 +289,47 @@ def pick_config(m: int, d: int, h: int, n: int, weight_bytes: float, facts: Devi
     slices = (4 if facts.is_nvidia else 2) if weight_bytes == 0.5 else 8  # AMD's shared memory holds no more
     block_k = 64 if weight_bytes == 2 else 2 * max(unit_k(d), unit_k(h))
     programs = min(facts.sm_count, triton.cdiv(max(h, n), block_n))
-    return fit_shared_memory(
-        FfnConfig(block_n, block_m, block_k, slices, stages, programs), block_k, facts, weight_bytes
-    )
+    config = FfnConfig(block_n, block_m, block_k, slices, stages, programs)
+    while config.stages > 2 and shared_memory_bytes(config, weight_bytes) > facts.shared_memory_bytes - 8192:
+        config = replace(config, stages=config.stages - 1)
+    return config
 
 
-def _launch(kernel, config: FfnConfig, facts: DeviceFacts, x: Tensor, h: int, n: int, args: tuple, tail: tuple, **meta):
-    """Allocates hidden and y, launches kernel(x, *args, hidden, y, barrier, m, d, h, n, stride, *tail) -> y [M, n]."""
-    m, d = x.shape
-    y = x.new_empty(m, n)
-    if m == 0:
-        return y
-    hidden = x.new_empty(m, h)
+def shared_memory_bytes(config: FfnConfig, weight_bytes: float) -> int:
+    """What the software pipeline keeps in flight: weights of weight_bytes each and 16-bit activations."""
+    tile = config.block_n * weight_bytes + config.block_m * 2
+    return int((config.stages - 1) * config.slices * config.block_k * tile)
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    m: int, d: int, h: int, n: int, activation: str, group_sizes: tuple[int, int] | None, facts: DeviceFacts
+) -> tuple[Launcher, int]:
+    """(launcher, programs) for x [m, d], hidden size h, output n; packed weights of these group sizes, or 16-bit."""
+    config = pick_config(m, d, h, n, 2 if group_sizes is None else 0.5, facts)
+    meta = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SLICES": config.slices, "STAGES": config.stages}
+    meta |= {"ACTIVATION": activation, "USE_ASM": facts.is_nvidia, "PDL": facts.has_pdl, "num_warps": config.slices}
     if facts is not INTERPRETED:
         meta["launch_cooperative_grid"] = True
     if facts.is_nvidia:
         meta["maxnreg"] = MAX_REGISTERS
-    with device_guard(x):
-        kernel[(config.programs,)](
-            x, *args, hidden, y, counters(x.device, 2, "barrier"), m, d, h, n, x.stride(0), *tail,
-            BLOCK_N=config.block_n, BLOCK_M=config.block_m, SLICES=config.slices, STAGES=config.stages,
-            USE_ASM=facts.is_nvidia, PDL=facts.has_pdl, num_warps=config.slices, **meta,
-        )  # fmt: skip
+    if group_sizes is None:
+        return Launcher(_dense_ffn_kernel, BLOCK_K=config.block_k, **meta), config.programs
+    units = {"UNIT1": unit_k(d), "UNIT2": unit_k(h), "GROUP_SIZE1": group_sizes[0], "GROUP_SIZE2": group_sizes[1]}
+    return Launcher(_int4_ffn_kernel, **units, **meta), config.programs
+
+
+def _launch(
+    x: Tensor, h: int, n: int, activation: str, group_sizes: tuple | None, weights: tuple, strides: tuple = ()
+) -> Tensor:
+    """Allocates hidden and y, launches kernel(x, *weights, hidden, y, barrier, m, d, h, n, stride, *strides) -> y."""
+    m, d = x.shape
+    y = x.new_empty(m, n)
+    if m == 0:
+        return y
+    launcher, programs = plan(m, d, h, n, activation, group_sizes, device_facts(x.device))
+    tensors = x, *weights, x.new_empty(m, h), y, counters(x.device, 2, "barrier")
+    launcher((programs, 1, 1), tensors, (m, d, h, n, x.stride(0), *strides))
     return y
 
 
@@ -342,18 +350,12 @@ def fused_ffn(
     b2: Tensor | None,
     w_gate: Tensor | None,
     activation: str,
-    config: FfnConfig | None = None,
 ) -> Tensor:
     """x [M <= 16, d], w1 and w_gate [d, h], w2 [h, n], any strides -> [M, n]; see ops.fused_ffn."""
     x, b1, b2 = _check(x, b1, b2)
-    (d, h), n = w1.shape, w2.shape[1]
-    facts = device_facts(x.device)
-    config = config or pick_config(x.shape[0], d, h, n, 2, facts)
-    gate_strides = (0, 0) if w_gate is None else w_gate.stride()
-    return _launch(
-        _dense_ffn_kernel, config, facts, x, h, n, (w1, w_gate, b1, w2, b2),
-        (*w1.stride(), *gate_strides, *w2.stride()), ACTIVATION=activation, BLOCK_K=config.block_k,
-    )  # fmt: skip
+    h, n = w2.shape
+    strides = *w1.stride(), *((0, 0) if w_gate is None else w_gate.stride()), *w2.stride()
+    return _launch(x, h, n, activation, None, (w1, w_gate, b1, w2, b2), strides)
 
 
 def int4_ffn(
@@ -374,22 +376,15 @@ def int4_ffn(
     hidden: int,
     out_features: int,
     activation: str,
-    config: FfnConfig | None = None,
 ) -> Tensor:
     """x [M <= 16, d] through Int4Weights given by their parts -> [M, out_features]; see ops.int4_ffn."""
     x, b1, b2 = _check(x, b1, b2)
     check_aligned(w1_packed=w1_packed, w1_scales=w1_scales, w1_zeros=w1_zeros, w2_packed=w2_packed)
     check_aligned(w2_scales=w2_scales, w2_zeros=w2_zeros, wg_packed=wg_packed, wg_scales=wg_scales, wg_zeros=wg_zeros)
-    m, d = x.shape
-    facts = device_facts(x.device)
-    config = config or pick_config(m, d, hidden, out_features, 0.5, facts)
     weights = (
         w1_packed, w1_scales, w1_zeros, b1, wg_packed, wg_scales, wg_zeros, w2_packed, w2_scales, w2_zeros, b2
     )  # fmt: skip
-    return _launch(
-        _int4_ffn_kernel, config, facts, x, hidden, out_features, weights, (), ACTIVATION=activation,
-        UNIT1=unit_k(d), UNIT2=unit_k(hidden), GROUP_SIZE1=group_size1, GROUP_SIZE2=group_size2,
-    )  # fmt: skip
+    return _launch(x, hidden, out_features, activation, (group_size1, group_size2), weights)
 
 
 assert TILE_N == 16, "tiles of BLOCK_N rows are whole tiles of the packed format"

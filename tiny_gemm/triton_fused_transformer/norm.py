@@ -7,11 +7,15 @@
 One program a row, which it holds in registers; all arithmetic is float32.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import device_facts, device_guard, tensor_bytes
+from tiny_gemm.device import DeviceFacts, device_facts, tensor_bytes
+from tiny_gemm.launcher import Launcher
 from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
 
 
@@ -57,34 +61,32 @@ def pick_num_warps(d: int) -> int:
     return min(16, max(1, triton.next_power_of_2(d) // 256))
 
 
+@cache
+def _launcher(d: int, subtract_mean: bool, facts: DeviceFacts) -> Launcher:
+    return Launcher(
+        _norm_kernel,
+        SUBTRACT_MEAN=subtract_mean,
+        BLOCK_D=triton.next_power_of_2(d),
+        num_warps=pick_num_warps(d),
+        **pdl_options(facts),
+    )
+
+
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, *, subtract_mean: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(y, s) for x [..., D]; s is None without a residual. See ops.rms_norm and ops.layer_norm."""
     d = x.shape[-1]
-    rows = x.reshape(-1, d)
+    rows = x if x.dim() == 2 else x.reshape(-1, d)
     if rows.stride(-1) != 1:
         rows = rows.contiguous()
-    y = x.new_empty(x.shape)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     s = None
     if residual is not None:
         residual = residual.contiguous()
-        s = residual.new_empty(x.shape)
+        s = torch.empty_like(residual, memory_format=torch.contiguous_format)
     if rows.shape[0]:
-        with device_guard(x):
-            _norm_kernel[(rows.shape[0],)](
-                rows,
-                residual,
-                weight.contiguous(),
-                None if bias is None else bias.contiguous(),
-                y,
-                s,
-                d,
-                rows.stride(0),
-                eps,
-                SUBTRACT_MEAN=subtract_mean,
-                BLOCK_D=triton.next_power_of_2(d),
-                num_warps=pick_num_warps(d),
-                **pdl_options(device_facts(x.device)),
-            )
+        tensors = rows, residual, weight.contiguous(), None if bias is None else bias.contiguous(), y, s
+        launch = _launcher(d, subtract_mean, device_facts(x.device))
+        launch((rows.shape[0], 1, 1), tensors, (d, rows.stride(0), float(eps)))
     return y, s

@@ -1,0 +1,130 @@
+"""Launches of Triton kernels that cost little host time.
+
+    Launcher(kernel, **meta)(grid, tensors, scalars)    means    kernel[grid](*tensors, *scalars, **meta)
+
+kernel[grid] binds and specializes every argument at every call, which is most of what an eager call costs. A Launcher
+keeps the compiled kernel that came out for each specialization and from then on hands pointers and numbers straight to
+that kernel's C launcher. Make one for each combination of constexprs and options, and keep it:
+
+    @cache
+    def _launcher(config: GemmConfig, group_size: int, facts: DeviceFacts) -> Launcher:
+        return Launcher(_kernel, BLOCK_N=config.block_n, GROUP_SIZE=group_size, num_warps=4, **pdl_options(facts))
+
+    _launcher(config, group_size, facts)((blocks_m, blocks_n, 1), (x, w, None, y), (m, n, k, x.stride(0)))
+
+The kernel's parameters are pointers (tensors or None, the first a tensor), then numbers, then constexprs; the grid has
+three sizes. The tensors lie on one device, which the caller has checked: it becomes the current one, and the launch
+goes to its current stream.
+
+The short cut is taken where its conditions were read in the source: Triton 3.6 and 3.7 on NVIDIA. Elsewhere, in the
+interpreter, in debug and instrumentation modes, and while a launch hook is set (profilers set one), every call is the
+ordinary one. A kept kernel does not notice that a global which it reads, or a compilation knob of Triton, has changed.
+"""
+
+import torch
+import triton
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
+
+from tiny_gemm.device import current_device, raw_stream
+
+_runtime, _compilation = knobs.runtime, knobs.compilation
+_enter_hooks, _exit_hooks = (getattr(_runtime, f"launch_{when}_hook", None) for when in ("enter", "exit"))
+
+
+class Launcher:
+    """A kernel with its constexprs and options; see the module."""
+
+    def __init__(self, kernel, **meta):
+        self.kernel, self.meta = kernel, meta
+        self._kept: dict[tuple, tuple] = {}  # (device, key of the specialization) -> (launch, fixed arguments)
+        self._constexprs = _constexpr_arguments(kernel) if knows_triton() else None  # None: no short cut
+
+    def __call__(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...]
+    ) -> None:
+        device = tensors[0].get_device()  # -1 for a CPU, that is the interpreter
+        if device >= 0 and device != current_device():
+            with torch.cuda.device(device):
+                return self(grid, tensors, scalars)
+        if (
+            self._constexprs is None
+            or _runtime.launch_enter_hook is not _enter_hooks
+            or _runtime.launch_exit_hook is not _exit_hooks
+            or _enter_hooks.calls
+            or _exit_hooks.calls
+            or _runtime.debug
+            or _compilation.instrumentation_mode
+            or self.kernel.pre_run_hooks
+        ):
+            self.kernel[grid](*tensors, *scalars, **self.meta)
+            return
+        key, pointers = specialize(tensors, scalars)
+        kept = self._kept.get((device, key))
+        if kept is not None:
+            launch, fixed = kept
+            launch(*grid, raw_stream(device), *fixed, *pointers, *scalars, *self._constexprs)
+            return
+        compiled = self.kernel[grid](*tensors, *scalars, **self.meta)
+        if isinstance(compiled, CompiledKernel) and all(type(n) in (int, float, bool) for n in scalars):
+            self._kept[device, key] = _c_launcher(compiled)
+
+
+def specialize(tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...]) -> tuple[tuple, list[int]]:
+    """(key, pointers). For arguments of one key Triton launches one compiled kernel.
+
+    Which one it is depends on each tensor's dtype and on whether 16 divides its address, on which of them are None, on
+    each number's type and, of an integer, on what _NumberClasses asks.
+    """
+    pointers = [0 if t is None else t.data_ptr() for t in tensors]
+    low_bits = 0
+    for p in pointers:
+        low_bits |= p
+    key = (
+        low_bits & 15 and tuple([p & 15 == 0 for p in pointers]),
+        *[None if t is None else t.dtype for t in tensors],
+        *map(type, scalars),
+        *map(_number_class, scalars),
+    )
+    return key, pointers
+
+
+class _NumberClasses(dict):
+    """number -> all that Triton asks of an integer's value: whether it is 1 or a multiple of 16, and how wide it is."""
+
+    def __missing__(self, n: int | float) -> int:
+        if len(self) >= 2**14:
+            self.clear()
+        facts = n == 1, n % 16 == 0, -(2**31) <= n < 2**31, -(2**63) <= n < 2**63, 0 <= n < 2**64
+        self[n] = bits = sum(fact << i for i, fact in enumerate(facts))
+        return bits
+
+
+_number_class = _NumberClasses().__getitem__
+
+
+def knows_triton() -> bool:
+    """Whether the short cut was written for this Triton."""
+    known = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
+    return known and type(_enter_hooks) is type(_exit_hooks) is knobs.HookChain
+
+
+def _constexpr_arguments(kernel) -> tuple[None, ...] | None:
+    """What a C launcher is given for the constexprs, which it skips; None where the kernel is not compiled just in time
+    or has other parameters behind them."""
+    if type(kernel) is not JITFunction:
+        return None
+    total, count = len(kernel.params), len(kernel.constexprs)
+    return (None,) * count if kernel.constexprs == list(range(total - count, total)) else None
+
+
+def _c_launcher(compiled: CompiledKernel) -> tuple:
+    """(launch, its arguments between the stream and the kernel's own), without launch metadata and hooks."""
+    run = compiled.run
+    needs_scratch = getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1)
+    if triton.__version__.startswith("3.6.") and not needs_scratch:  # what CudaLauncher.__call__ would do
+        flags = run.launch_cooperative_grid, run.launch_pdl
+        return run.launch, (compiled.function, *flags, None, None, compiled.packed_metadata, None, None, None)
+    return run, (compiled.function, compiled.packed_metadata, None, None, None)
