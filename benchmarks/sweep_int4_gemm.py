@@ -60,7 +60,7 @@ def compile_one(job: tuple) -> str | None:
     try:
         device = torch.device("cuda")
         launcher = triton_gemm.plan(m, n, k, group, True, device_facts(device), config).launcher
-        tensors = dtype, torch.int16, torch.float16, None, None, dtype
+        tensors = dtype, torch.int16, torch.float16, *(None,) * 5, dtype  # x, w, s; no zeros, gate or bias; y
         launcher.kernel.warmup(*tensors, m, n, k, k, grid=(1, 1), **launcher.meta)
     except Exception as e:
         return f"{config}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
@@ -117,9 +117,11 @@ def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
     for m, config, us in found:
         times.setdefault(config, {})[m] = us
     rows = sorted({m for m, _, _ in found})
-    limits = {8: [m for m in rows if m <= 8], 16: [m for m in rows if m > 8]}
-    default = times.pop(None)
-    best, best_cost = [], math.prod(default[m] for m in rows)
+    limits = {8: [m for m in rows if m <= 8] or rows, 16: [m for m in rows if m > 8] or rows}
+    default = times.pop(None, {})
+    if default.keys() != set(rows):
+        return []
+    best, best_cost = [], math.prod(default[m] for members in limits.values() for m in members)
     for split in {(c.warp_units, c.warps) for c in times}:
         chosen, cost = [], 1.0
         for limit, members in limits.items():
@@ -128,11 +130,11 @@ def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
                 for config, us in times.items()
                 if (config.warp_units, config.warps) == split and us.keys() >= set(members)
             }
-            if members and not costs:
+            if not costs:
                 cost = math.inf
-            elif members:
-                chosen.append((limit, min(costs, key=costs.__getitem__)))
-                cost *= min(costs.values())
+                break
+            chosen.append((limit, min(costs, key=costs.__getitem__)))
+            cost *= min(costs.values())
         if cost < best_cost:
             best, best_cost = chosen, cost
     return best
@@ -181,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
             break
         weight = random_weight(n, k, group, machine.device).int4
         found = sweep_shape(weight, configs[k, n], args.rows, dtype, machine)
+        torch.cuda.empty_cache()  # of the graphs' pools
         timings += [
             {"k": k, "n": n, "group_size": group, "m": m, "us": us, **(asdict(c) if c else {"default": True})}
             for m, c, us in found
@@ -190,11 +193,9 @@ def main(arguments: list[str] | None = None) -> int:
         floor = machine.floor_us(weight.nbytes)
         for m in args.rows:
             best = sorted((us, str(tuple(asdict(c).values())) if c else "now") for rows, c, us in found if rows == m)
-            print(
-                f"{k}x{n} M {m}: floor {floor:.2f}, best", "; ".join(f"{us:.2f} {c}" for us, c in best[:4]), flush=True
-            )
-    args.out.write_text(json.dumps(table, indent=1) + "\n")
-    args.out.with_suffix(".timings.json").write_text(json.dumps(timings) + "\n")
+            print(f"{k}x{n} M {m}: floor {floor:.2f} |", "; ".join(f"{us:.2f} {c}" for us, c in best[:4]), flush=True)
+        args.out.write_text(json.dumps(table, indent=1) + "\n")
+        args.out.with_suffix(".timings.json").write_text(json.dumps(timings) + "\n")
     return 0
 
 

@@ -5,6 +5,7 @@ several times over, so that each call finds its bytes in memory, as in a model. 
 so that a clock that drifts meets all of them. On a CPU calls are timed one by one.
 """
 
+import contextlib
 import math
 import statistics
 import time
@@ -157,8 +158,11 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
         try:
             for call in calls:
                 call()
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # which says only that the capture has failed
+                graph.capture_end()
+            raise
+        graph.capture_end()
     torch.cuda.current_stream().wait_stream(side)
     return graph
 

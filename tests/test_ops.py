@@ -8,6 +8,7 @@ of its kernel.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_close
@@ -495,3 +496,20 @@ MISTAKES = {
 def test_mistakes_name_the_value_and_the_rule(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@every_device
+@pytest.mark.parametrize("number", [np.float32, np.float64, torch.tensor], ids=["float32", "float64", "tensor"])
+def test_numbers_of_other_libraries_are_taken(number, device):
+    q, k = randn(1, 4, 3, 64).to(device), randn(1, 2, 5, 64).to(device)
+    expected = ops.fused_attention(q, k, k, scale=0.125, dropout_p=0.5, seed=3)
+    for _ in range(2):  # a second call launches in another way
+        y = ops.fused_attention(q, k, k, scale=number(0.125), dropout_p=number(0.5), seed=np.int64(3))
+        assert torch.equal(y, expected)
+
+
+@every_device
+def test_a_tensor_that_is_negated_lazily(device):
+    x = randn(2, 128, dtype=torch.bfloat16).to(device)
+    weight = quantize(randn(32, 128)).to(device)
+    assert torch.equal(ops.int4_gemm(torch._neg_view(x), weight), ops.int4_gemm(-x, weight))

@@ -1,7 +1,14 @@
 """The sweep of decode configurations: what it tries, and what it makes of the times."""
 
-import pytest
+from types import SimpleNamespace
 
+import aot
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks import sweep_int4_gemm
 from benchmarks.sweep_int4_gemm import best_of, candidates, main
 from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
@@ -32,7 +39,24 @@ def test_no_entry_where_the_library_is_as_fast():
 
 
 def test_a_configuration_that_failed_for_some_rows_is_not_chosen():
-    assert best_of([(1, None, 9.0), (8, None, 9.0), (1, C, 1.0), (1, A, 5.0), (8, A, 5.0)]) == [(8, A)]
+    found = [(1, None, 9.0), (8, None, 9.0), (1, C, 1.0), (1, A, 5.0), (8, A, 5.0)]
+    assert best_of(found) == [(8, A), (16, A)], "and 16 rows cut K as 8 do, though nobody timed them"
+    assert best_of([(1, A, 5.0)]) == [], "nothing to compare with"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("config", [A, C], ids=str)
+def test_a_candidate_compiles(config, monkeypatch):
+    """compile_one for a chip that need not be there: Triton's driver says that it is an H100."""
+    chip = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    monkeypatch.setattr(triton.runtime.driver, "_active", chip)
+    monkeypatch.setattr(sweep_int4_gemm, "device_facts", lambda _: aot.device_facts("sm_90"))
+    assert sweep_int4_gemm.compile_one((8, 2048, 2048, 128, torch.bfloat16, config)) is None
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):

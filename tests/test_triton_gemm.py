@@ -228,22 +228,36 @@ def no_table(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="an interpreted kernel has no launch to compare")
 def test_a_table_comes_before_pick_config_on_its_own_gpu(tmp_path, no_table):
     config = {"row_tiles": 2, "warp_units": 2, "warps": 16, "max_registers": 96, "prefetch": True}
-    entry = {"k": 2048, "n": 4096, "group_size": 128, "rows": 8, **config}
-    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": [entry]}))
+    entries = [{"k": 2048, "n": 4096, "group_size": 128, "rows": rows, **config} for rows in (8, 16)]
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
     before = triton_gemm.plan(1, 4096, 2048, 128, True, H100)
     triton_gemm.load_table(tmp_path / "t.json")
-    launcher, grid, *_ = triton_gemm.plan(1, 4096, 2048, 128, True, H100)
-    assert (launcher.meta["WARPS"], launcher.meta["maxnreg"], launcher.meta["PREFETCH"], grid) == (
-        16,
-        96,
-        True,
-        (1, 128, 1),
-    )
-    for other in ((9, 4096, 2048, 128, True, H100), (1, 4096, 2048, 128, False, H100), (1, 4096, 2048, 64, True, H100)):
-        assert triton_gemm.plan(*other).launcher.meta.get("WARPS") != 16
-    assert (
-        triton_gemm.plan(1, 4096, 2048, 128, True, SMALL_CHIP).launcher.meta["WARPS"] == before.launcher.meta["WARPS"]
-    )
+    for m in (1, 9):
+        after = triton_gemm.plan(m, 4096, 2048, 128, True, H100)
+        assert [after.launcher.meta[name] for name in ("WARPS", "maxnreg", "PREFETCH")] == [16, 96, True]
+        assert after.grid == (1, 128, 1)
+    for m, group_size, symmetric in ((17, 128, True), (1, 128, False), (1, 64, True)):
+        assert triton_gemm.plan(m, 4096, 2048, group_size, symmetric, H100).launcher.meta.get("WARPS") != 16
+    other_gpu = triton_gemm.plan(1, 4096, 2048, 128, True, SMALL_CHIP)
+    assert other_gpu.launcher.meta["WARPS"] == before.launcher.meta["WARPS"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{}], r"2048x4096 needs entries of one \(warp_units, warps\) for 8 and 16 rows"),
+        ([{}, {"warps": 4}], r"2048x4096 needs entries of one"),
+        ([{"warp_units": 1}, {"warp_units": 1}], "warp_units=1, it must be at least 2"),
+    ],
+    ids=["no-16", "two-cuts", "half-a-pair"],
+)
+def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_path, no_table):
+    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "max_registers": 96, "prefetch": False}
+    shape = {"k": 2048, "n": 4096, "group_size": 128}
+    entries = [{**shape, "rows": rows, **config, **change} for rows, change in zip((8, 16), changes)]  # noqa: B905
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
+    with pytest.raises(ValueError, match=message):
+        triton_gemm.load_table(tmp_path / "t.json")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"gpu": "x", "entries": [{"k": 1}]}'])

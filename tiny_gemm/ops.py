@@ -67,6 +67,7 @@ def _is_plain(x: Tensor, *others: Tensor, optional: tuple[Tensor | None, ...] = 
         and (x.is_cuda or x.is_cpu)
         and x.dtype in FLOAT_DTYPES
         and not x.requires_grad
+        and not x.is_neg()
         and _TENSORS.issuperset(map(type, others))
         and _TENSORS_OR_NONE.issuperset(map(type, optional))
         and not _len_torch_dispatch_stack()

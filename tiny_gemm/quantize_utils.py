@@ -53,6 +53,8 @@ class Int4Weight:
 
     packed: int16 [N / 16, K / U, 16, U / 4]. scales: fp16, bf16 or fp32 [N / 16, groups / 2, 16, 2]. zeros: like scales
     in shape, any of the same dtypes, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a row).
+    Kernels read a weight before the kernel in front of them has ended: after writing into its parts on a GPU,
+    synchronize.
     """
 
     packed: Tensor
@@ -148,7 +150,10 @@ def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> In
     to_tiles = lambda t: (  # noqa: E731
         _pad_to(t, tiles * TILE_N, pairs * pair).view(tiles, TILE_N, pairs, pair).transpose(1, 2).contiguous()
     )
-    return Int4Weight(packed, to_tiles(scales), None if zeros is None else to_tiles(zeros), group_size, (n, k))
+    weight = Int4Weight(packed, to_tiles(scales), None if zeros is None else to_tiles(zeros), group_size, (n, k))
+    if q.is_cuda:  # kernels read weights before they wait for the kernel before them: these must be in memory by then
+        torch.cuda.current_stream(q.device).synchronize()
+    return weight
 
 
 def unpack(weight: Int4Weight) -> tuple[Tensor, Tensor, Tensor | None]:

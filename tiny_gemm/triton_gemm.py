@@ -101,8 +101,9 @@ def _load_pair(ptr, offs):
 def wait_for_previous(PDL: tl.constexpr):
     """With programmatic dependent launch: waits until the kernel before this one has ended and its results are here.
 
-    Until then a kernel may write nothing, and read only weights, which no kernel of a step writes. It lets the next
-    kernel start only after its own wait: earlier, kernels would pile up on the SMs and all get slower.
+    Until then a kernel may write nothing, and read only weights, which no kernel of a step writes (who writes to a
+    weight on the GPU must synchronize before the next product: see Int4Weight). It lets the next kernel start only
+    after its own wait: earlier, kernels would pile up on the SMs and all get slower.
     """
     if PDL:
         gdc_wait()
@@ -755,6 +756,13 @@ def load_table(path: str | os.PathLike) -> None:
         }
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is no table of benchmarks/sweep_int4_gemm.py: {type(e).__name__}: {e}") from e
+    for gpu, k, n, group_size, _ in found:
+        both = [found.get((gpu, k, n, group_size, rows)) for rows in (8, DECODE_ROWS)]
+        if None in both or len({(c.warp_units, c.warps) for c in both}) > 1:  # K cut in two ways: a row's bits differ
+            raise ValueError(f"{path}: {k}x{n} needs entries of one (warp_units, warps) for 8 and {DECODE_ROWS} rows")
+        least = units_per_step(unit_k(k), group_size)
+        if both[0].warp_units < least:
+            raise ValueError(f"{path}: {k}x{n} has warp_units={both[0].warp_units}, it must be at least {least}")
     _TABLE.update(found)
     plan.cache_clear()
 

@@ -305,6 +305,12 @@ def decode_attention(
     _launcher(config, rope_half, heads // kv_heads, D, facts)(
         (config.num_splits, kv_heads, batch),
         (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, partial, arrivals, out),
-        (*q_strides[:2], *k_strides[:2], *cache_strides[:3], Lmax, (D**-0.5 if scale is None else scale) * LOG2_E),
+        (
+            *q_strides[:2],
+            *k_strides[:2],
+            *cache_strides[:3],
+            Lmax,
+            (D**-0.5 if scale is None else float(scale)) * LOG2_E,
+        ),
     )
     return out
