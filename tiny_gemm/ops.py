@@ -688,6 +688,9 @@ def fused_attention(
     op = torch.ops.tiny_gemm.fused_attention
     if _is_plain(q, k, v):
         op = _fused_attention_cuda if q.is_cuda else _fused_attention_cpu
+        # What the dispatcher would do with numbers of numpy's and tensors of one element.
+        causal, dropout_p, seed = bool(causal), float(dropout_p), int(seed)
+        scale = None if scale is None else float(scale)
     return op(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
@@ -790,6 +793,7 @@ def decode_attention(
     op = torch.ops.tiny_gemm.decode_attention
     if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=(rope_cos, rope_sin)):
         op = _decode_attention_cuda if q.is_cuda else _decode_attention_cpu
+        scale = None if scale is None else float(scale)
     return op(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
 
 

@@ -213,10 +213,10 @@ def fused_attention(
     group = heads // kv_heads
     config = pick_config(Lq * group, D, q.element_size(), dropout_p > 0, device_facts(q.device))
     out = q.new_empty(batch, Lq, heads, D)
-    scale_log2 = (D**-0.5 if scale is None else float(scale)) * LOG2_E
+    scale_log2 = (D**-0.5 if scale is None else scale) * LOG2_E
     _launcher(config, causal, dropout_p > 0, group, D)(
         (triton.cdiv(Lq * group, config.block_m), kv_heads, batch),
         (q, k, v, out),
-        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Lq, Lk, scale_log2, float(dropout_p), int(seed)),
+        (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Lq, Lk, scale_log2, float(dropout_p), seed),
     )
     return out.transpose(1, 2)

@@ -310,7 +310,7 @@ def decode_attention(
             *k_strides[:2],
             *cache_strides[:3],
             Lmax,
-            (D**-0.5 if scale is None else float(scale)) * LOG2_E,
+            (D**-0.5 if scale is None else scale) * LOG2_E,
         ),
     )
     return out
