@@ -1,7 +1,8 @@
 """The suite `ffn`: the gated feed-forward of a model, down(silu(gate(x)) * up(x)).
 
 Arms: pytorch (two cuBLAS products, gate and up as one, with silu and multiplication between), torch.compile of it (at
-COMPILED only), tiny-gemm (one launch over the same 16-bit weights), tiny-gemm-int4 (one launch over INT4 weights).
+COMPILED only), tiny-gemm (one launch over the same 16-bit weights), tiny-gemm-int4 (one launch over INT4 weights),
+tiny-gemm-int4-pair (two launches over them, which overlap: what the runtime does).
 """
 
 import functools
@@ -50,6 +51,11 @@ def fused_int4(x: Tensor, gate: Int4Weight, up: Int4Weight, down: Int4Weight) ->
     return ops.int4_ffn(x, up, None, down, None, gate, activation="silu")
 
 
+def paired_int4(x: Tensor, gate: Int4Weight, up: Int4Weight, down: Int4Weight) -> Tensor:
+    """What the runtime does: two launches, of which the second starts while the first still runs."""
+    return ops.int4_gemm(ops.int4_gated_linear(x, up, gate, activation="silu"), down)
+
+
 @functools.lru_cache(maxsize=1)
 def weights(machine: Machine, d: int, h: int, group: int, dtype: torch.dtype):
     """(INT4 copies (gate, up, down), 16-bit copies (gate and up, down)) of one feed-forward."""
@@ -81,6 +87,7 @@ def _build(machine: Machine, d: int, h: int, m: int, group: int, dtype: torch.dt
         Arm("pytorch", lambda: calls(eager, dense), bytes_of(dense[0]), flops),
         Arm("tiny-gemm", lambda: calls(fused, dense), bytes_of(dense[0]), flops),
         Arm("tiny-gemm-int4", lambda: calls(fused_int4, int4), bytes_of(int4[0]), flops),
+        Arm("tiny-gemm-int4-pair", lambda: calls(paired_int4, int4), bytes_of(int4[0]), flops),
     ]
     if with_compile:
         arms.insert(1, Arm("torch.compile", calls_compiled, bytes_of(dense[0]), flops))

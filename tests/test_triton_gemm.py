@@ -10,7 +10,7 @@ from conftest import INTERPRETED, assert_close
 
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts
-from tiny_gemm.quantize_utils import Int4Weight, pack, quantize
+from tiny_gemm.quantize_utils import Int4Weight, dequantize, pack, quantize
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
 
 H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
@@ -145,6 +145,34 @@ def test_gated_matches_the_oracle_on_a_gpu(m, group_size, symmetric, dtype, pois
         assert_close(*run_gated(m, n, k, group_size, symmetric, dtype, "cuda"))
 
 
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "scale_dtype"),
+    [
+        (33, 576, 32, torch.float16),
+        (16, 640, 128, torch.float32),
+        (40, 1152, 64, torch.bfloat16),
+        (50, 100, -1, torch.float16),
+        (17, 192, 64, torch.float16),
+    ],
+    ids=str,
+)
+def test_dequantized_weights_are_rounded_once(n, k, group_size, scale_dtype, symmetric, dtype, poisoned):
+    generator = torch.Generator().manual_seed(0)
+    weight = quantize(torch.randn(n, k, generator=generator), group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+    parts = weight.packed, weight.scales, weight.zeros, group_size
+    assert torch.equal(triton_gemm.dequantize_weight(*parts, n, k, dtype), dequantize(weight).to(dtype))
+
+
+@pytest.mark.interp
+def test_many_rows_take_a_product_in_16_bits(monkeypatch):
+    monkeypatch.setattr(triton_gemm, "DEQUANTIZE_ROWS", 20)
+    monkeypatch.setattr(triton_gemm, "plan", None)  # what the other kernels would need
+    assert_close(*run(21, 33, 576, 32, False, torch.bfloat16))
+
+
 SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "gated-g128": (8, 14336, 4096, 128, "*fp16", None),
     "gated-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
@@ -193,6 +221,16 @@ def test_compiles_for_every_target(target, name):
     few_spills = name == "prefill-g128-zeros" and target in ("sm_80", "sm_86", "sm_89") and compiled.spills <= 6
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
     aot.check(compiled, vector_loads=not narrow, may_spill=few_spills)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize(("unit", "group_size", "zeros"), [(128, 128, None), (64, 32, "*fp32")], ids=["g128", "g32"])
+def test_dequantizing_compiles_for_every_target(target, unit, group_size, zeros):
+    launcher = triton_gemm._dequantize_launcher(unit, group_size, aot.device_facts(target))
+    signature = {"w_ptr": "*i16", "s_ptr": "*fp16", "z_ptr": zeros, "y_ptr": "*bf16", "N": "i32", "K": "i32"}
+    compiled = aot.compile_launch(launcher, target, signature)
+    aot.check(compiled, tensor_cores=False, vector_loads=(target, unit) != ("gfx942", 64))
 
 
 @pytest.mark.aot
@@ -291,7 +329,7 @@ def test_float32_is_refused_in_words():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-@pytest.mark.parametrize("m", [1, 8, 9, 17, 100])
+@pytest.mark.parametrize("m", [1, 8, 9, 17, 100, 500])
 def test_matches_the_oracle_on_a_gpu(m, symmetric, group_size, dtype, poisoned):
     for n, k in [(17, 1152), (2048, 2048)]:
         assert_close(*run(m, n, k, group_size, symmetric, dtype, "cuda"))
@@ -319,8 +357,6 @@ def test_odd_shapes_of_real_models(m, n, k, group_size, scale_dtype, poisoned):
 @pytest.mark.gpu
 def test_error_is_no_worse_than_cublas():
     """Against float64, on the same dequantized weights (which cuBLAS gets rounded to 16 bit)."""
-    from tiny_gemm.quantize_utils import dequantize
-
     weight = quantize(torch.randn(4096, 4096), 128).to("cuda")
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
     oracle = int4_gemm_ref(x, weight)

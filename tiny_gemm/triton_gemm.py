@@ -5,12 +5,14 @@
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
 batch of 8 costs what a batch of 1 costs. There are two kernels:
 
-- `_int4_decode_kernel`, up to DECODE_ROWS rows: weights go from global memory straight into the registers from which
-  the tensor core reads them, 16 bytes a thread, with no shared memory in between (`load_weights` says how). The warps
-  of a block split K among them. What a block reads first does not depend on x, so it is on its way before the kernel
-  waits for the one that computes x.
-- `_int4_gemm_kernel`, more rows (prefill): the warps of a block own different rows of W and share x through shared
-  memory; K is split over SPLITS blocks, and the last of them to finish adds their partial sums.
+- `_int4_decode_kernel`, up to DECODE_ROWS rows and small and middling weights: these go from global memory straight
+  into the registers from which the tensor core reads them, 16 bytes a thread, with no shared memory in between
+  (`load_weights` says how). The warps of a block split K among them. What a block reads first does not depend on x, so
+  it is on its way before the kernel waits for the one that computes x.
+- `_int4_gemm_kernel`, larger weights, and more rows (prefill): the warps of a block own different rows of W and share x
+  through shared memory; K is split over SPLITS blocks, and the last of them to finish adds their partial sums.
+
+With more than DEQUANTIZE_ROWS rows W is dequantized once, and the product is cuBLAS's.
 
 Sums are added in a fixed order, whoever comes last and however many rows x has: a row's bits do not depend on its
 batch. `load_weights` and `int4_product`, the body of the first, are what the fused FFN uses too.
@@ -25,6 +27,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -638,6 +641,47 @@ def _int4_gemm_kernel(
             tl.store(counter_ptr + out_tile, 0)
 
 
+def _dequantize_cost(grid, kernel, args) -> dict:
+    return {"bytes": tensor_bytes(*(args[name] for name in ("w_ptr", "s_ptr", "z_ptr", "y_ptr")))}
+
+
+@triton.jit(launch_metadata=_dequantize_cost)
+def _dequantize_kernel(
+    w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
+    s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
+    z_ptr,  # like s_ptr, or None
+    y_ptr,  # [N, K], contiguous
+    N,
+    K,
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_UNITS: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """W itself, for so many rows of x that a 16-bit product earns back what writing W costs."""
+    COLS: tl.constexpr = UNIT // 4
+    units = tl.cdiv(K, UNIT)
+    row_tile = tl.program_id(0).to(tl.int64)
+    unit = tl.program_id(1) * BLOCK_UNITS + tl.arange(0, BLOCK_UNITS)[:, None, None]  # [BLOCK_UNITS, 1, 1]
+    row = tl.arange(0, 16)[None, :, None]
+    col = tl.arange(0, COLS)[None, None, :]
+    packed = tl.load(w_ptr + (row_tile * units + unit) * (16 * COLS) + row * COLS + col, mask=unit < units, other=0)
+    pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)  # unused per channel
+    for plane in tl.static_range(4):
+        if GROUP_SIZE == -1:
+            s_offs = row_tile * 16 + row
+        else:
+            group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
+            s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
+        w = _unpack_plane(packed, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32)
+        if z_ptr is not None:
+            w -= tl.load(z_ptr + s_offs).to(tl.float32) - 8.0
+        w *= tl.load(s_ptr + s_offs).to(tl.float32)
+        k = unit * UNIT + plane * COLS + col
+        n = row_tile * 16 + row
+        tl.store(y_ptr + n * K + k, w.to(y_ptr.dtype.element_ty), mask=(n < N) & (k < K))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration and launcher
 # ---------------------------------------------------------------------------------------------------------------------
@@ -645,6 +689,8 @@ def _int4_gemm_kernel(
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
 DIRECT_WEIGHTS = 26 * 2**20  # W of no more elements than this takes the decode kernel ...
 DIRECT_WEIGHTS_ODD = 6 * 2**20  # ... and of other kinds than symmetric with groups of 128, of no more than this
+DEQUANTIZE_ROWS = 384  # more rows than this take a product in 16 bits: an estimate from 128, 512 and 2,048 rows, H100
+DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
 
 
@@ -877,6 +923,8 @@ def int4_gemm(
     if bias is not None:
         bias = bias.contiguous()
     check_aligned(packed=packed, scales=scales, zeros=zeros)
+    if m > DEQUANTIZE_ROWS and config is None:
+        return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
@@ -890,6 +938,25 @@ def int4_gemm(
         tensors = x, packed, scales, zeros, bias, y, None, None
     launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
     return y
+
+
+def dequantize_weight(
+    packed: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int, n: int, k: int, dtype: torch.dtype
+) -> Tensor:
+    """The Int4Weight given by its parts as a matrix [n, k] of bf16 or fp16."""
+    facts = device_facts(packed.device)
+    y = packed.new_empty(n, k, dtype=dtype)
+    grid = triton.cdiv(n, TILE_N), triton.cdiv(triton.cdiv(k, unit_k(k)), DEQUANTIZE_UNITS), 1
+    _dequantize_launcher(unit_k(k), group_size, facts)(grid, (packed, scales, zeros, y), (n, k))
+    return y
+
+
+@cache
+def _dequantize_launcher(unit: int, group_size: int, facts: DeviceFacts) -> Launcher:
+    return Launcher(
+        _dequantize_kernel, UNIT=unit, GROUP_SIZE=group_size, BLOCK_UNITS=DEQUANTIZE_UNITS, USE_ASM=facts.is_nvidia,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def int4_gated_linear(
