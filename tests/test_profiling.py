@@ -407,7 +407,7 @@ def test_triton_stores_what_the_kernels_declare():
 
     kernels = [k for m in (triton_gemm, attention, decode_attention, ffn, norm) for k in vars(m).items()]
     ours = {name: kernel for name, kernel in kernels if name.endswith("_kernel")}
-    assert len(ours) == 7
+    assert len(ours) == 8
     for name, kernel in ours.items():
         declared = getattr(kernel, "launch_metadata", None) or kernel.kwargs["launch_metadata"]
         assert callable(declared), name
@@ -425,12 +425,19 @@ def test_declared_costs_of_the_kernels():
         "bytes": 2 * 128 * 2 + 64 * 64 + 64 * 4 * w.scales.element_size() + 2 * 64 * 2,
         "flops16": 2 * 2 * 64 * 128,
     }
+    gated = args | dict(gate_ptr=w.packed, gate_s_ptr=w.scales, gate_z_ptr=None)
+    assert triton_gemm._int4_gemm_cost((1, 4), None, gated) == {
+        "bytes": 2 * 128 * 2 + 2 * (64 * 64 + 64 * 4 * w.scales.element_size()) + 2 * 64 * 2,
+        "flops16": 2 * 2 * 2 * 64 * 128,
+    }
+    dense = dict(w_ptr=w.packed, s_ptr=w.scales, z_ptr=None, y_ptr=torch.zeros(64, 128, dtype=torch.float16))
+    assert triton_gemm._dequantize_cost((4, 1), None, dense)["bytes"] == 64 * 64 + 64 * 4 * 2 + 64 * 128 * 2
     ffn_args = dict(x_ptr=x, w1_ptr=torch.zeros(128, 256), wg_ptr=None, b1_ptr=None, w2_ptr=torch.zeros(256, 64))
     ffn_args |= dict(b2_ptr=None, hidden_ptr=torch.zeros(9999), y_ptr=y, barrier_ptr=torch.zeros(2), M=2, D=128)
     plain = ffn._ffn_cost((4,), None, ffn_args | dict(H=256, N=64))
     assert plain == {"bytes": 512 + 4 * (128 + 64) * 256 + 256, "flops16": 2 * 2 * 256 * (128 + 64)}
-    gated = ffn._ffn_cost((4,), None, ffn_args | dict(wg_ptr=torch.zeros(128, 256), H=256, N=64))
-    assert gated["flops16"] == 2 * 2 * 256 * (128 + 128 + 64)
+    gated_ffn = ffn._ffn_cost((4,), None, ffn_args | dict(wg_ptr=torch.zeros(128, 256), H=256, N=64))
+    assert gated_ffn["flops16"] == 2 * 2 * 256 * (128 + 128 + 64)
     row = torch.zeros(3, 64, dtype=torch.float16)
     norm_args = dict(x_ptr=row, residual_ptr=None, weight_ptr=torch.zeros(64), bias_ptr=None, y_ptr=row, s_ptr=None)
     assert norm._norm_cost((3,), None, norm_args)["bytes"] == 2 * 384 + 256
