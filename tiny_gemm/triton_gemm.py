@@ -14,8 +14,8 @@ batch of 8 costs what a batch of 1 costs. There are two kernels:
 
 With more than DEQUANTIZE_ROWS rows W is dequantized once, and the product is cuBLAS's.
 
-Sums are added in a fixed order, whoever comes last and however many rows x has: a row's bits do not depend on its
-batch. `load_weights` and `int4_product`, the body of the first, are what the fused FFN uses too.
+Sums are added in a fixed order, whoever comes last: a row's bits do not depend on its batch, up to DECODE_ROWS rows.
+`int4_tile` is what the fused FFN is made of: K split over the warps of a block, through shared memory.
 """
 
 import dataclasses
