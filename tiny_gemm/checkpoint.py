@@ -5,7 +5,8 @@
 
 Every source looks alike from the inside: a config in Hugging Face's form, the shapes of its tensors under Hugging
 Face's names, and a read function. Shapes are checked against the config before anything is read; then tensors are read
-one at a time, so that peak host memory is the packed model and one tensor. Nothing is ever unpickled.
+one at a time, so that peak host memory is the packed model and one tensor. Nothing is ever unpickled. Directories that
+GPTQ, AWQ or compressed-tensors have quantized to 4 bits keep their integers and scales (packed_formats.py).
 """
 
 import json
@@ -30,6 +31,7 @@ from torch import Tensor
 
 from tiny_gemm import quantize_utils
 from tiny_gemm.model import ModelConfig, Transformer
+from tiny_gemm.packed_formats import PackedFormat
 from tiny_gemm.quantize_utils import Int4Weight
 from tiny_gemm.tokenizer import Tokenizer
 
@@ -76,7 +78,8 @@ def load(
     progress: bool | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer from `path`: a .gguf file, a directory that holds just one, a Hugging Face directory
-    (config.json, model.safetensors or its shards, tokenizer.json), or a directory that convert wrote.
+    (config.json, model.safetensors or its shards, tokenizer.json; 16 bit, or quantized to 4 bits by GPTQ, AWQ or
+    compressed-tensors), or a directory that convert wrote.
 
     dtype: of activations and 16-bit weights, by default default_dtype(device, config); float32 is the exact mode.
     quantize: a group size (32, 64, 128, -1 for per-channel) that 16-bit linear weights are quantized to as they are
@@ -216,13 +219,7 @@ def _check(source: Source, group_size: int | None) -> ModelConfig:
     """Holds names and shapes against the config, and K against the group size, before any tensor is read."""
     if group_size not in (None, *quantize_utils.GROUP_SIZES):
         raise CheckpointError(f"group_size={group_size} must be one of {quantize_utils.GROUP_SIZES} (-1: per-channel)")
-    for key, value in source.config.items():
-        if type(value) is int and value > _MAX_COUNT and key in _COUNTS:
-            raise CheckpointError(f"{source.path}: {key}={value} is out of range, at most {_MAX_COUNT}")
-    try:
-        config = ModelConfig.from_hf(source.config)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as e:
-        raise CheckpointError(f"{source.path}: {_one_line(e)}") from e
+    config = _model_config(source.path, source.config)
     if config.num_layers > len(source.shapes):
         raise CheckpointError(f"{source.path}: {config.num_layers} layers, but only {len(source.shapes)} tensors")
     expected = _expected_shapes(config)
@@ -240,6 +237,16 @@ def _check(source: Source, group_size: int | None) -> ModelConfig:
             k = shape[1]
             raise CheckpointError(f"{source.path}: {name}: K={k} must be a multiple of group_size={group_size}")
     return config
+
+
+def _model_config(path: Path, config: Mapping[str, Any]) -> ModelConfig:
+    for key, value in config.items():
+        if type(value) is int and value > _MAX_COUNT and key in _COUNTS:
+            raise CheckpointError(f"{path}: {key}={value} is out of range, at most {_MAX_COUNT}")
+    try:
+        return ModelConfig.from_hf(config)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as e:
+        raise CheckpointError(f"{path}: {_one_line(e)}") from e
 
 
 def _expected_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -583,10 +590,10 @@ def _open_directory(path: Path) -> Source:
     """A Hugging Face directory or a packed one: model.safetensors, or the shards that its index names."""
     config = _read_json(path / "config.json")
     quantization = config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        if method != QUANT_METHOD:
-            raise CheckpointError(f"{path}: quant_method={method!r} is not supported, only {QUANT_METHOD!r}")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: quant_method={quantization!r} is not supported, it must be in a JSON object")
+    ours = quantization is None or quantization.get("quant_method") == QUANT_METHOD
+    form = None if ours else PackedFormat.from_config(quantization)
     stored: dict[str, tuple[Path, str, tuple[int, ...]]] = {}  # tensor -> (file, type, shape)
     int4: dict[str, tuple[int, tuple[int, int]]] = {}  # name -> (group size, shape)
     for file in _weight_files(path):
@@ -599,10 +606,15 @@ def _open_directory(path: Path) -> Source:
                     raise CheckpointError(f"{path}: {name} is in both {stored[name][0].name} and {file.name}")
                 part = f.get_slice(name)
                 stored[name] = (file, part.get_dtype(), tuple(part.get_shape()))
+    foreign = {} if form is None else _foreign_weights(path, form, stored)
     parts = {f"{name}.{part}" for name in int4 for part in ("packed", "scales", "zeros")}
+    parts |= {name for w in foreign.values() for name in w.parts.values()}
     tied = bool(config.get("tie_word_embeddings"))  # some checkpoints store the head a second time all the same
+    if tied:
+        foreign.pop("lm_head.weight", None)
     shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in int4.items()}
-    kinds = dict.fromkeys(int4, "INT4")
+    shapes |= {name: w.shape for name, w in foreign.items()}
+    kinds = dict.fromkeys(shapes, "INT4")
     for name, (file, kind, shape) in stored.items():
         if name in parts or name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
             continue
@@ -617,18 +629,55 @@ def _open_directory(path: Path) -> Source:
             return f.get_tensor(name).clone()
 
     def read(name: str, dtype: torch.dtype) -> Weight:
-        if name not in int4:
+        if kinds.get(name) != "INT4":
             return tensor(name)
         zeros = tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
         try:
+            if name in foreign:
+                unpacked = form.unpack({part: tensor(theirs) for part, theirs in foreign[name].parts.items()})
+                return quantize_utils.pack(*unpacked)
             packed, scales = tensor(f"{name}.packed"), tensor(f"{name}.scales")
             return Int4Weight(packed, scales, zeros, *int4[name])
         except ValueError as e:
             raise CheckpointError(f"{path}: {name}: {_one_line(e)}") from e
 
+    biases = [name for name in shapes if f"{name.removesuffix('.bias')}.weight" in foreign]
+    if biases:  # AutoGPTQ gave every linear one, of zeros where the model has none
+        c = _model_config(path, config)
+        wanted = dict.fromkeys(("q_proj", "k_proj", "v_proj"), c.qkv_bias) | {"o_proj": c.output_bias}
+        for name in biases:
+            if not wanted.get(name.split(".")[-2]) and not bool(tensor(name).any()):
+                del shapes[name], kinds[name]
     tokenizer = Tokenizer.from_directory(path)
     config = config | {"eos_token_id": list(tokenizer.eos_ids)}
     return Source(path, config, shapes, kinds, read, tokenizer, path)
+
+
+@dataclass(frozen=True)
+class _ForeignWeight:
+    shape: tuple[int, int]  # (N, K)
+    parts: dict[str, str]  # what PackedFormat calls it -> the tensor
+
+
+def _foreign_weights(path: Path, form: PackedFormat, stored: Mapping[str, tuple]) -> dict[str, _ForeignWeight]:
+    """The weights stored in another tool's 4-bit format, under Hugging Face's names, from the headers alone."""
+    weights = {}
+    needed, optional = form.parts
+    for name, (_, _, stored_shape) in stored.items():
+        stem = form.linear_of(name)
+        if stem is None:
+            continue
+        if absent := [part for part in needed if f"{stem}.{part}" not in stored]:
+            raise CheckpointError(f"{path} lacks tensor {stem}.{absent[0]}, which belongs to {name}")
+        if f"{stem}.weight" in stored:
+            raise CheckpointError(f"{path} has both {name} and {stem}.weight")
+        try:
+            shape = form.shape(stored_shape)
+        except ValueError as e:
+            raise CheckpointError(f"{path}: {stem}: {e}") from e
+        parts = {part: f"{stem}.{part}" for part in (*needed, *optional) if f"{stem}.{part}" in stored}
+        weights[f"{stem}.weight"] = _ForeignWeight(shape, parts)
+    return weights
 
 
 def _weight_files(path: Path) -> list[Path]:

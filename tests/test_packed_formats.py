@@ -1,0 +1,442 @@
+"""packed_formats.py: GPTQ, AWQ and compressed-tensors checkpoints mean what their formats' descriptions say.
+
+The encoders are written from those descriptions with plain integers and loops, and share nothing with the module.
+"""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_cli import refused, run
+from tiny_checkpoints import hf_config, random_weights, write_tokenizer
+
+from tiny_gemm import checkpoint
+from tiny_gemm.checkpoint import CheckpointError, load
+from tiny_gemm.model import KVCache
+from tiny_gemm.packed_formats import PackedFormat, unpack_awq, unpack_compressed_tensors, unpack_gptq
+from tiny_gemm.quantize_utils import Int4Weight, dequantize, pack
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+CT_WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "actorder": None}
+CT_GROUP = {"targets": ["Linear"], "weights": CT_WEIGHTS, "input_activations": None, "output_activations": None}
+CT = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"group_0": CT_GROUP}}
+CT |= {"kv_cache_scheme": None, "ignore": ["lm_head"], "quantization_status": "compressed"}
+
+
+def ct(group: dict | None = None, **weights) -> dict:
+    """CT with other entries in its one config group, and in what that says of the weights."""
+    return CT | {"config_groups": {"group_0": CT_GROUP | {"weights": CT_WEIGHTS | weights} | (group or {})}}
+
+
+CONFIGS = {  # every kind that must come through without loss
+    "gptq": GPTQ,
+    "gptq sym": GPTQ,
+    "gptq per channel": dict(GPTQ, group_size=-1),
+    "gptq_v2": dict(GPTQ, checkpoint_format="gptq_v2", is_marlin_format=False, dynamic={"-:.*embed.*": {}}),
+    "gptq desc_act": dict(GPTQ, desc_act=True),
+    "awq": AWQ,
+    "awq per channel": dict(AWQ, group_size=-1, version="GEMM"),
+    "ct": ct(symmetric=False),
+    "ct sym": CT,
+    "ct per channel": ct(strategy="channel", group_size=None, symmetric=False, actorder="static"),
+    "ct sym per channel": ct(strategy="channel", group_size=None),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- encoders
+class Linear:
+    """Random integers q [N][K], zero points [N][groups], and scales [N, groups], as a quantizer would find them."""
+
+    def __init__(self, n: int, k: int, group_size: int, symmetric: bool, dtype=torch.float16, seed: int = 0):
+        rng = random.Random(seed)
+        self.n, self.k, self.groups = n, k, 1 if group_size == -1 else k // group_size
+        self.q = [[rng.randrange(16) for _ in range(k)] for _ in range(n)]
+        self.zeros = [[8 if symmetric else rng.randrange(1, 16) for _ in range(self.groups)] for _ in range(n)]
+        scales = [[rng.uniform(0.1, 0.4) * k**-0.5 for _ in range(self.groups)] for _ in range(n)]
+        self.scales = torch.tensor(scales).to(dtype)
+
+    def meaning(self) -> torch.Tensor:
+        """(q - zero) * scale, float64 [N, K]; exact."""
+        scales, size = self.scales.tolist(), self.k // self.groups
+        return torch.tensor(
+            [
+                [(self.q[n][k] - self.zeros[n][k // size]) * scales[n][k // size] for k in range(self.k)]
+                for n in range(self.n)
+            ],
+            dtype=torch.float64,
+        )
+
+
+def word(nibbles: list[int]) -> int:
+    """Up to eight integers in an int32, the first in the lowest bits."""
+    value = sum(nibble << (4 * i) for i, nibble in enumerate(nibbles))
+    return value - 2**32 if value >= 2**31 else value
+
+
+def int32(rows: list[list[int]]) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32)
+
+
+def encode_gptq(w: Linear, less: int) -> dict[str, torch.Tensor]:
+    """less: 1 for the first format, which stores zero - 1; 0 for the second."""
+    qweight = [[word([w.q[n][k + i] for i in range(8)]) for n in range(w.n)] for k in range(0, w.k, 8)]
+    qzeros = [[word([w.zeros[n + i][g] - less for i in range(8)]) for n in range(0, w.n, 8)] for g in range(w.groups)]
+    g_idx = torch.tensor([k // (w.k // w.groups) for k in range(w.k)], dtype=torch.int32)
+    return {"qweight": int32(qweight), "qzeros": int32(qzeros), "scales": w.scales.T.contiguous(), "g_idx": g_idx}
+
+
+def encode_awq(w: Linear) -> dict[str, torch.Tensor]:
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    qweight = [[word([w.q[n + i][k] for i in order]) for n in range(0, w.n, 8)] for k in range(w.k)]
+    qzeros = [[word([w.zeros[n + i][g] for i in order]) for n in range(0, w.n, 8)] for g in range(w.groups)]
+    return {"qweight": int32(qweight), "qzeros": int32(qzeros), "scales": w.scales.T.contiguous()}
+
+
+def encode_ct(w: Linear, zeros: bool) -> dict[str, torch.Tensor]:
+    """The last int32 of a row (of a column, for the zero points) is filled up with zero bits."""
+    packed = [[word(row[k : k + 8]) for k in range(0, w.k, 8)] for row in w.q]
+    parts = {"weight_packed": int32(packed), "weight_scale": w.scales, "weight_shape": torch.tensor([w.n, w.k])}
+    if zeros:
+        rows = [
+            [word([w.zeros[i][g] for i in range(n, min(n + 8, w.n))]) for g in range(w.groups)]
+            for n in range(0, w.n, 8)
+        ]
+        parts["weight_zero_point"] = int32(rows)
+    return parts
+
+
+def encode(kind: str, w: Linear) -> dict[str, torch.Tensor]:
+    if kind.startswith("gptq"):
+        parts = encode_gptq(w, less=0 if kind == "gptq_v2" else 1)
+        return parts if kind != "gptq sym" else {n: t for n, t in parts.items() if n != "g_idx"}
+    return encode_awq(w) if kind.startswith("awq") else encode_ct(w, zeros="sym" not in kind)
+
+
+def group_size_of(kind: str) -> int:
+    return -1 if "per channel" in kind else 32
+
+
+# ------------------------------------------------------------------------------------------------- one linear
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(8, 32), (24, 96), (40, 160)], ids=str)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_linear_means_what_was_encoded(kind, shape, dtype):
+    w = Linear(*shape, group_size_of(kind), "sym" in kind, dtype)
+    q, scales, zeros, group_size = PackedFormat.from_config(CONFIGS[kind]).unpack(encode(kind, w))
+    assert q.dtype == torch.uint8 and q.tolist() == w.q
+    assert scales.dtype == dtype and torch.equal(scales, w.scales)  # as they came
+    assert zeros is None if "sym" in kind else zeros.tolist() == w.zeros
+    assert group_size == group_size_of(kind)
+    packed = pack(q, scales, zeros, group_size)
+    assert torch.equal(dequantize(packed, torch.float64), w.meaning())
+
+
+def test_hand_made_words():
+    """The very bits, once: 0x76543210 holds 0 to 7 from the lowest bits up, read in each format's order."""
+    words, ones = torch.full((1, 32), 0x76543210, dtype=torch.int32), torch.ones(1, 8).half()
+    gptq = {"qweight": words[:, :8].repeat(4, 1), "qzeros": words[:, :1], "scales": ones}
+    q, _, zeros, _ = unpack_gptq(gptq, 32, zero_offset=1)
+    assert q.tolist() == [[*range(8)] * 4] * 8 and zeros.flatten().tolist() == [1, 2, 3, 4, 5, 6, 7, 8]
+    awq = {"qweight": words.T.contiguous(), "qzeros": words[:, :1], "scales": ones}
+    q, _, zeros, _ = unpack_awq(awq, 32)
+    assert q[:, 0].tolist() == q[:, 31].tolist() == zeros.flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    packed = {"weight_packed": words[:, :4], "weight_scale": ones[:, :1], "weight_shape": torch.tensor([1, 32])}
+    q, _, zeros, _ = unpack_compressed_tensors(packed, 32, has_zeros=False)
+    assert q.tolist() == [[*range(8)] * 4] and zeros is None
+
+
+@pytest.mark.parametrize("shape, group_size", [((1, 64), 32), ((1, 32), -1), ((5, 20), -1), ((13, 9), -1)], ids=str)
+def test_compressed_tensors_fills_up_its_last_words(shape, group_size):
+    w = Linear(*shape, group_size, symmetric=False)
+    q, scales, zeros, _ = unpack_compressed_tensors(encode_ct(w, zeros=True), group_size, has_zeros=True)
+    assert q.tolist() == w.q and zeros.tolist() == w.zeros
+
+
+@pytest.mark.parametrize("strategy", ["group", "channel"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_against_the_packer_of_compressed_tensors(strategy, symmetric):
+    reason = "needs the package compressed-tensors, which nothing else here does"
+    quantization = pytest.importorskip("compressed_tensors.quantization", reason=reason, exc_type=ImportError)
+    theirs = pytest.importorskip("compressed_tensors.compressors.pack_quantized", reason=reason, exc_type=ImportError)
+    args = quantization.QuantizationArgs(
+        num_bits=4, symmetric=symmetric, strategy=strategy, group_size=32 if strategy == "group" else None
+    )
+    scheme = quantization.QuantizationScheme(targets=["Linear"], weights=args)
+    w = Linear(40, 96, args.group_size or -1, symmetric, torch.float32)
+    state = {"weight": w.meaning().float(), "weight_scale": w.scales}
+    state["weight_zero_point"] = torch.tensor(w.zeros, dtype=torch.int8) - 8
+    parts = theirs.PackedQuantizationCompressor.compress(state, scheme)
+    ours = encode_ct(w, zeros=not symmetric)
+    assert parts.keys() == ours.keys() and all(torch.equal(parts[n], t) for n, t in ours.items())
+    config = CT | {"config_groups": {"group_0": json.loads(scheme.model_dump_json())}}
+    packed = pack(*PackedFormat.from_config(config).unpack(parts))
+    expected = theirs.PackedQuantizationCompressor.decompress(parts, scheme)["weight"]
+    assert torch.equal(dequantize(packed), expected)
+
+
+def test_against_the_awq_reader_of_compressed_tensors():
+    reason = "needs the package compressed-tensors, which nothing else here does"
+    convert = pytest.importorskip("compressed_tensors.entrypoints.convert", reason=reason, exc_type=ImportError)
+    parts = encode_awq(w := Linear(24, 96, 32, symmetric=False))
+    reader = convert.AutoAWQConverter
+    q, zeros = reader.reverse_awq_order(*reader.unpack_awq(parts["qweight"], parts["qzeros"], 4), 4)
+    assert (q & 15).T.tolist() == w.q and (zeros & 15).T.tolist() == w.zeros  # theirs are signed until then
+
+
+# ------------------------------------------------------------------------------------------------- a directory
+def write(directory: Path, kind: str, *, family: str = "llama", biases: bool = False, head: bool = False) -> dict:
+    """Writes a tiny model whose linear layers (and head) are of that kind, the rest float16; returns what it means,
+    float32 tensors. biases: one of zeros for every linear, as AutoGPTQ wrote them."""
+    shape = dict(layers=1, hidden=64, ffn=96, heads=2, kv_heads=1, head_dim=64, vocab=288)
+    directory.mkdir(parents=True)
+    config = hf_config(family, tied=not head, **shape) | {"dtype": "float16", "quantization_config": CONFIGS[kind]}
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+    meaning, stored = {}, {}
+    for i, (name, array) in enumerate(random_weights(tied=not head, bias=family == "qwen2", **shape).items()):
+        stem = name.removesuffix(".weight")
+        if not stem.endswith("_proj") and stem != "lm_head":
+            stored[name] = torch.from_numpy(array).half()
+            meaning[name] = stored[name].float()
+            continue
+        w = Linear(*array.shape, group_size_of(kind), "sym" in kind, seed=i)
+        stored |= {f"{stem}.{part}": t for part, t in encode(kind, w).items()}
+        meaning[name] = w.meaning().float()  # exact: 5 bits times the 11 of a float16
+        if biases:
+            stored.setdefault(f"{stem}.bias", torch.zeros(w.n).half())
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    return meaning
+
+
+def write_plain(directory: Path, like: Path, meaning: dict[str, torch.Tensor]) -> Path:
+    """The same model in float32, with nothing quantized."""
+    directory.mkdir()
+    config = json.loads((like / "config.json").read_text())
+    del config["quantization_config"]
+    (directory / "config.json").write_text(json.dumps(config))
+    write_tokenizer(directory)
+    save_file(meaning, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def logits_of(path: Path) -> torch.Tensor:
+    model, _ = load(path, dtype=torch.float32)
+    cache = KVCache.allocate(model.config, 2, 32, "cpu", model.dtype)
+    tokens = torch.tensor([[5, 40, 41, 7, 99, 3], [12, 13, 250, 0, 0, 0]])
+    return model.prefill(tokens, torch.tensor([6, 3], dtype=torch.int32), cache)
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor | Int4Weight]:
+    source = checkpoint._open(path)
+    checkpoint._check(source, None)
+    return {name: source.read(name, torch.float32) for name in source.shapes}
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_directory_computes_what_its_weights_mean(tmp_path, kind):
+    meaning = write(tmp_path / "m", kind, head=kind == "gptq_v2")
+    tensors = tensors_of(tmp_path / "m")
+    assert tensors.keys() == meaning.keys()
+    for name, w in tensors.items():
+        assert isinstance(w, Int4Weight) == ("_proj" in name or name == "lm_head.weight"), name
+        assert torch.equal(dequantize(w) if isinstance(w, Int4Weight) else w.float(), meaning[name]), name
+    expected = logits_of(write_plain(tmp_path / "plain", tmp_path / "m", meaning))
+    torch.testing.assert_close(logits_of(tmp_path / "m"), expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.01
+
+
+def test_a_model_may_be_quantized_in_part(tmp_path):
+    """modules_to_not_convert, ignore: what the file holds in 16 bits stays so, and can be quantized on load."""
+    meaning = write(tmp_path / "m", "awq")
+    file = tmp_path / "m" / "model.safetensors"
+    name = "model.layers.0.mlp.down_proj"
+    stored = {n: t for n, t in load_file(file).items() if not n.startswith(name)}
+    save_file(stored | {f"{name}.weight": meaning[f"{name}.weight"].bfloat16()}, file)
+    tensors = tensors_of(tmp_path / "m")
+    assert tensors[f"{name}.weight"].dtype == torch.bfloat16
+    assert isinstance(tensors[f"{name.replace('down', 'up')}.weight"], Int4Weight)
+    assert load(tmp_path / "m", quantize=32)
+
+
+def test_a_tied_head_stored_a_second_time_is_ignored(tmp_path):
+    write(tmp_path / "m", "gptq", head=True)
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert "lm_head.weight" not in tensors_of(tmp_path / "m")
+    assert logits_of(tmp_path / "m").isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_biases_of_zeros_are_left_out_where_the_model_has_none(tmp_path, family):
+    meaning = write(tmp_path / "m", "gptq", family=family, biases=True)
+    assert tensors_of(tmp_path / "m").keys() == meaning.keys()  # qwen2's own stay, those of its o_proj go
+    file = tmp_path / "m" / "model.safetensors"
+    if family == "qwen2":
+        save_file(load_file(file) | {"model.layers.0.self_attn.k_proj.bias": torch.zeros(64)}, file)
+        assert tensors_of(tmp_path / "m").keys() == meaning.keys()
+    name = "model.layers.0.self_attn.o_proj.bias"
+    save_file(load_file(file) | {name: torch.ones(64)}, file)
+    refuses(tmp_path / "m", f"no place for, tensor {name}")
+
+
+def test_quantize_writes_them_as_packed_directories(tmp_path):
+    write(tmp_path / "m", "awq")
+    result = run("quantize", tmp_path / "m", tmp_path / "packed", "--json")
+    report = json.loads(result.stdout)
+    assert (report["tensors_quantized"], report["tensors_int4_already"]) == (0, 7)
+    written = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]
+    assert written == {"quant_method": "tiny_gemm", "bits": 4, "symmetric": False, "group_size": 32}
+    assert torch.equal(logits_of(tmp_path / "packed"), logits_of(tmp_path / "m"))
+    (tmp_path / "m" / "config.json").write_text(json.dumps(hf_config() | {"quantization_config": dict(AWQ, bits=3)}))
+    refused(run("quantize", tmp_path / "m", tmp_path / "other"), "quant_method='awq' is not supported with bits=3")
+    assert not (tmp_path / "other").exists()
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+def refuses(path: Path, *words: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load(path)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+REFUSED = {
+    "3 bits": (dict(GPTQ, bits=3), "bits=3; supported: 4"),
+    "8 bits": (dict(AWQ, bits=8), "bits=8; supported: 4"),
+    "no bits": ({"quant_method": "gptq"}, "bits=None"),
+    "bits in words": (dict(GPTQ, bits="4"), "bits='4'"),
+    "bits as a float": (dict(GPTQ, bits=4.0), "bits=4.0"),
+    "group of 16": (dict(GPTQ, group_size=16), "group_size=16; supported: 32, 64, 128, -1"),
+    "no group size": (dict(AWQ, group_size=None), "group_size=None"),
+    "marlin": (dict(GPTQ, checkpoint_format="marlin"), "checkpoint_format='marlin'; supported: 'gptq', 'gptq_v2'"),
+    "marlin, older": (dict(GPTQ, is_marlin_format=True), "is_marlin_format=True"),
+    "bits by layer": (dict(GPTQ, dynamic={".*": {"bits": 8}}), "dynamic="),
+    "gemv": (dict(AWQ, version="gemv"), "version='gemv'; supported: 'gemm'"),
+    "llm-awq": (dict({k: v for k, v in AWQ.items() if k != "version"}, format="llm-awq"), "version='llm-awq'"),
+    "no zero points": (dict(AWQ, zero_point=False), "zero_point=False"),
+    "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method='bitsandbytes'"),
+    "fp8": ({"quant_method": "fp8"}, "quant_method='fp8' is not supported; supported: tiny_gemm, gptq, awq"),
+    "no method": ({"bits": 4}, "quant_method=None"),
+    "a list": ({"quant_method": ["gptq"]}, "quant_method=['gptq']"),
+    "no object": ("gptq", "quant_method='gptq'"),
+    "float-quantized": (dict(CT, format="float-quantized"), "format='float-quantized'; supported: 'pack-quantized'"),
+    "mixed": (ct({"format": "nvfp4-pack-quantized"}), "format='nvfp4-pack-quantized'"),
+    "int8": (ct(num_bits=8), "num_bits=8; supported: 4"),
+    "fp4": (ct(type="float"), "type='float'; supported: 'int'"),
+    "by tensor": (ct(strategy="tensor"), "strategy='tensor'; supported: 'group', 'channel'"),
+    "group of 256": (ct(group_size=256), "group_size=256"),
+    "activations": (ct({"input_activations": {"num_bits": 8}}), "input_activations="),
+    "kv cache": (dict(CT, kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme="),
+    "sparse": (dict(CT, sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
+    "rotated": (dict(CT, transform_config={"config_groups": {"r1": {}}}), "transform_config="),
+    "no groups": (dict(CT, config_groups={}), "needs config_groups"),
+    "no weights": (ct({"weights": None}), "config_groups.group_0 must say what its weights are"),
+    "two kinds": (
+        CT | {"config_groups": CT["config_groups"] | ct(group_size=64)["config_groups"] | {"b": CT_GROUP}},
+        "config_groups group_0, b must agree",
+    ),
+}
+
+
+@pytest.mark.parametrize("quantization, words", REFUSED.values(), ids=REFUSED.keys())
+def test_kinds_that_would_not_come_through(tmp_path, quantization, words):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config() | {"quantization_config": quantization}))
+    refuses(tmp_path, str(tmp_path), words)
+
+
+@pytest.mark.parametrize("nonsense", [None, True, 7, 4.0, "x", [], ["x"], {}, {"x": 1}], ids=repr)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_nonsense_anywhere_in_a_config_is_refused_or_ignored(kind, nonsense):
+    known = PackedFormat.from_config(CONFIGS[kind])
+
+    def variants(value):
+        yield nonsense
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from (value | {key: v} for v in variants(inner))
+
+    for config in variants(CONFIGS[kind]):
+        if not isinstance(config, dict):
+            continue
+        try:
+            form = PackedFormat.from_config(config)
+        except ValueError as e:
+            assert "\n" not in str(e)
+        else:
+            assert (form.method, form.has_zeros) == (known.method, known.has_zeros) or "symmetric" in str(config)
+
+
+UP = "model.layers.0.mlp.up_proj"  # 96 x 64
+DAMAGED = {  # kind, part of UP, what becomes of it (None: it is left out), words
+    "no zeros": ("gptq", "qzeros", None, f"lacks tensor {UP}.qzeros"),
+    "no scales": ("awq", "scales", None, f"lacks tensor {UP}.scales"),
+    "no integers": ("awq", "qweight", None, f"{UP}."),
+    "no shape": ("ct", "weight_shape", None, f"lacks tensor {UP}.weight_shape"),
+    "no zero points": ("ct", "weight_zero_point", None, f"lacks tensor {UP}.weight_zero_point"),
+    "desc_act, no order": ("gptq desc_act", "g_idx", None, f"lacks tensor {UP}.g_idx"),
+    "8 bits after all": ("gptq", "qweight", torch.zeros(16, 96).int(), "shape (96, 128), the config says (96, 64)"),
+    "other N": ("awq", "qweight", torch.zeros(64, 13).int(), "shape (104, 64), the config says (96, 64)"),
+    "three dimensions": ("ct", "weight_packed", torch.zeros(1, 96, 8).int(), "two dimensions, got (1, 96, 8)"),
+    "int64": (
+        "gptq",
+        "qweight",
+        torch.zeros(8, 96).long(),
+        "must be a non-empty int32 matrix, got torch.int64 (8, 96)",
+    ),
+    "short scales": (
+        "gptq",
+        "scales",
+        torch.ones(1, 96).half(),
+        "scales must be float16 or bfloat16 or float32 (2, 96)",
+    ),
+    "scales in int": ("awq", "scales", torch.ones(2, 96).int(), "(2, 96), got torch.int32"),
+    "short zeros": ("awq", "qzeros", torch.zeros(2, 11).int(), "qzeros must be int32 (2, 12), got torch.int32 (2, 11)"),
+    "v1 zero 0 or 16": ("gptq", "qzeros", torch.full((2, 12), -1).int(), "qzeros holds 15"),
+    "act-order": ("gptq desc_act", "g_idx", (torch.arange(64) % 2).int(), "g_idx[1]=1 must be 0: columns in the order"),
+    "short order": ("gptq", "g_idx", torch.zeros(63).int(), "g_idx must be int32 or int64 (64,)"),
+    "actorder": ("ct", "weight_g_idx", torch.zeros(64).int(), "weight_g_idx[32]=0 must be 1"),
+    "shape of others": ("ct", "weight_shape", torch.tensor([96, 72]), "(96, 8) does not hold weight_shape=(96, 72)"),
+    "shape of three": ("ct", "weight_shape", torch.tensor([1, 96, 64]), "weight_shape must be int32 or int64 (2,)"),
+    "zeros unpacked": ("ct", "weight_zero_point", torch.zeros(96, 2).char(), "weight_zero_point must be int32 (12, 2)"),
+    "zeros unasked": (
+        "ct sym",
+        "weight_zero_point",
+        torch.zeros(12, 2).int(),
+        f"{UP}.weight_zero_point is of type I32",
+    ),
+    "scale unasked": ("ct", "input_scale", torch.ones(1), f"no place for, tensor {UP}.input_scale"),
+    "plain as well": ("gptq", "weight", torch.ones(96, 64), f"has both {UP}.qweight and {UP}.weight"),
+}
+
+
+@pytest.mark.parametrize("kind, part, tensor, words", DAMAGED.values(), ids=DAMAGED.keys())
+def test_damaged_tensors(tmp_path, kind, part, tensor, words):
+    write(tmp_path / "m", kind)
+    file = tmp_path / "m" / "model.safetensors"
+    stored = load_file(file)
+    stored.pop(f"{UP}.{part}", None)
+    save_file(stored | ({} if tensor is None else {f"{UP}.{part}": tensor}), file)
+    refuses(tmp_path / "m", words)
+
+
+def test_truncated_file(tmp_path):
+    write(tmp_path / "m", "awq")
+    file = tmp_path / "m" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    refuses(tmp_path / "m", "model.safetensors is not a whole safetensors file")
+
+
+def test_group_size_must_divide_k():
+    w = Linear(8, 96, 32, symmetric=True)
+    with pytest.raises(ValueError, match="K=96 must be a multiple of group_size=64"):
+        unpack_awq(encode_awq(w), 64)
+    with pytest.raises(ValueError, match="group_size=48 must be one of"):
+        unpack_gptq(encode_gptq(w, 1), 48, zero_offset=1)
+    parts = encode_gptq(w, 1)
+    parts |= {"qweight": parts["qweight"][:, :7], "scales": parts["scales"][:, :7].contiguous()}
+    with pytest.raises(ValueError, match="N=7 must be a multiple of 8"):
+        unpack_gptq(parts, 32, zero_offset=1)
