@@ -4,9 +4,9 @@
     python benchmark_fused_transformer.py                               all suites; results/<gpu>/<suite>.json
     python benchmark_fused_transformer.py --suite gemm --model Llama-3.1-8B
     python benchmark_fused_transformer.py --suite decode --mode batch_size --batch-sizes 1 2 4 8
-    python benchmark_fused_transformer.py --suite gemm --compare benchmarks/results/nvidia-h200/gemm.json
+    python benchmark_fused_transformer.py --suite gemm --compare benchmarks/results/nvidia-h100-80gb-hbm3/gemm.json
     python benchmark_fused_transformer.py --load NEW.json --compare OLD.json
-    python benchmark_fused_transformer.py --plot benchmarks/results/nvidia-h200
+    python benchmark_fused_transformer.py --plot benchmarks/results/nvidia-h100-80gb-hbm3
 
 Tables go to stdout, progress to stderr; the last line of stdout is one JSON object. Ctrl-C keeps what was measured.
 Exit code 1: one of this project's own arms was wrong or failed, or a case could not be built; 2: a mistake in the

@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -32,7 +32,6 @@ from tiny_gemm.quantize_utils import Int4Weight, unit_k
 from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
 
 REPLAYS = 7
-ROUND_US = 300.0  # a graph lasts this long at least
 
 
 def candidates(k: int, group: int, *, quick: bool) -> list[DecodeConfig]:
@@ -41,7 +40,6 @@ def candidates(k: int, group: int, *, quick: bool) -> list[DecodeConfig]:
     units = math.ceil(k / unit)
     found = []
     for row_tiles, warp_units, warps in itertools.product((1, 2, 4), (1, 2, 4), (2, 4, 8, 16)):
-        one_step = warp_units * warps >= units
         if warp_units < units_per_step(unit, group) or warp_units * warps >= 2 * units > 4:
             continue
         if row_tiles * warp_units > (4 if quick else 8):  # more registers than a thread has
@@ -49,8 +47,10 @@ def candidates(k: int, group: int, *, quick: bool) -> list[DecodeConfig]:
         if quick and (warps == 2 or row_tiles == 4):
             continue
         for registers in (128,) if warps == 16 else (128, 168) if quick else (96, 128, 168, 255):
-            for prefetch in (False,) if one_step else (False, True):
-                found.append(DecodeConfig(row_tiles, warp_units, warps, registers, prefetch))
+            config = DecodeConfig(row_tiles, warp_units, warps, registers)
+            found.append(config)
+            if not config.is_one_step(k):
+                found.append(replace(config, prefetch=True))
     return found
 
 
@@ -164,8 +164,7 @@ def main(arguments: list[str] | None = None) -> int:
     jobs = {}  # one for each kernel, not for each shape
     for (k, n), group in shapes.items():
         for m, config in itertools.product(args.rows, configs[k, n]):
-            one_step = config.warps * config.warp_units * unit_k(k) >= k
-            jobs[config, m > 8, one_step, unit_k(k), group] = m, n, k, group, dtype, config
+            jobs[config, m > 8, config.is_one_step(k), unit_k(k), group] = m, n, k, group, dtype, config
     with get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
         for i, error in enumerate(pool.imap_unordered(compile_one, jobs.values()), 1):
             print(f"\rcompiled {i} of {len(jobs)} kernels", end="", file=sys.stderr)
@@ -175,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     machine = measure_machine(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: roof {machine.roof_gbps:,.0f} GB/s")
-    table = {"gpu": torch.cuda.get_device_name(), "sm_count": device_facts(machine.device).sm_count, "entries": []}
+    table = {"gpu": torch.cuda.get_device_name(), "entries": []}
     timings = []
     for (k, n), group in shapes.items():
         if time.time() - begin > args.seconds:

@@ -705,6 +705,10 @@ class DecodeConfig:
     max_registers: int
     prefetch: bool = False
 
+    def is_one_step(self, k: int) -> bool:
+        """Whether the first step reads all k columns of W."""
+        return self.warps * self.warp_units * unit_k(k) >= k
+
 
 @dataclass(frozen=True)
 class SplitConfig:
@@ -845,9 +849,8 @@ def plan(
     if isinstance(config, DecodeConfig):
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
-        one_step = config.warps * config.warp_units * unit >= k
         launch = Launch(
-            _decode_launcher(config, block_m // 8, one_step, unit, group_size, activation, facts),
+            _decode_launcher(config, block_m // 8, config.is_one_step(k), unit, group_size, activation, facts),
             (triton.cdiv(m, block_m), triton.cdiv(n, block_n), 1),
         )
     else:
