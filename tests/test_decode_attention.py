@@ -7,7 +7,9 @@ import interpreter
 import pytest
 import torch
 import triton
+import triton.language as tl
 from conftest import assert_close
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tiny_gemm import device as device_module
 from tiny_gemm import ops
@@ -170,7 +172,7 @@ def test_row_alone_has_the_bits_of_the_batch(implementation):
     ids=["small", "large_group"],
 )
 def test_any_order_of_arrival_gives_the_same_bits(poisoned, monkeypatch, case):
-    monkeypatch.setattr(decode, "pick_config", lambda *_: DecodeAttentionConfig(5, 16, num_warps=4, num_stages=1))
+    monkeypatch.setattr(decode, "pick_config", lambda *_: DecodeAttentionConfig(5, num_warps=1, tiles=1))
     inputs = make_inputs(case, torch.bfloat16)
     check_against_oracle(decode.decode_attention, inputs)
     expected = run(decode.decode_attention, inputs)[0]
@@ -218,37 +220,61 @@ def test_cuda_graph_replays():
     torch.cuda.synchronize()
 
 
-AOT_CASES = [
-    *[(target, 128, 8, 4) for target in aot.TARGETS],
-    *[(target, 64, 3, 3) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
-    ("sm_86", 96, 2, 7),
-    ("sm_90", 256, 1, 16),
+@triton.jit
+def _write_late_kernel(lengths_ptr, length):
+    """Lets the next kernel start, and writes the length some 200 us later."""
+    gdc_wait()
+    gdc_launch_dependents()
+    slept = tl.inline_asm_elementwise(
+        "nanosleep.u32 200000; mov.u32 $0, $1;", "=r,r", [length], dtype=tl.int32, is_pure=False, pack=1
+    )
+    tl.store(lengths_ptr, slept)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("before, after", [(3, 900), (900, 3), (500, 501), (1023, 1024)])
+def test_a_length_written_while_the_kernel_starts_is_seen(before, after):
+    """Under programmatic dependent launch the kernel reads the length before the one that writes it has ended."""
+    inputs = make_inputs(Case(8, 2, 1024, (after,), D=128), torch.bfloat16, "cuda")
+    expected = run(ops.decode_attention, inputs)
+    lengths = inputs[5]
+    for _ in range(3):
+        lengths.fill_(before)
+        late = clone_caches(inputs)
+        torch.cuda.synchronize()
+        _write_late_kernel[(1,)](lengths, after, num_warps=1, launch_pdl=True)
+        out = ops.decode_attention(*late)
+        for got, want in zip((out, late[3], late[4]), expected, strict=True):
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+AOT_CASES = [  # target, head size, KV heads, group, length of the cache
+    *[(target, 128, 8, 4, 4096) for target in aot.TARGETS],
+    *[(target, 64, 3, 3, 512) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+    *[("sm_90", D, 8, 4, Lmax) for D in (64, 128) for Lmax in (512, 32768)],
+    ("sm_80", 128, 8, 4, 32768),
+    ("sm_120", 128, 8, 4, 512),
+    ("sm_86", 96, 2, 7, 4096),
+    ("sm_90", 256, 1, 16, 4096),
 ]
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target, D, kv_heads, group", AOT_CASES)
-def test_compiles_for(target, D, kv_heads, group):
+@pytest.mark.parametrize("target, D, kv_heads, group, Lmax", AOT_CASES)
+def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
-    config = decode.pick_config(kv_heads, 4096, D, 2, facts)
-    kernel = decode._decode_attention_kernel
+    config = decode.pick_config(kv_heads, Lmax, D, 2, facts)
+    launcher = decode._launcher(config, D // 2, group, D, 2, facts)
     signature = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"}
     signature |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
-    for name in kernel.arg_names:
-        signature.setdefault(name, "i32" if name.startswith("stride_") else "*bf16")
-    constants = {"ROPE_HALF": D // 2, "G": group, "D": D, "NUM_SPLITS": config.num_splits, "BLOCK_N": config.block_n}
-    constants |= {"BLOCK_G": 16, "BLOCK_D": triton.next_power_of_2(D), "PDL": facts.has_pdl}
-    compiled = aot.compile_kernel(
-        kernel,
-        target,
-        signature,
-        constants,
-        unaligned=("Lmax",),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
-    aot.check(compiled)
+    for name in launcher.kernel.arg_names:
+        if name not in launcher.meta:
+            signature.setdefault(name, "i32" if name.startswith("stride_") else "*bf16")
+    compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
+    aot.check(compiled, may_spill=D == 256)
+    assert compiled.spills < 1000
     if target.startswith("sm_"):
+        assert "LDSM" not in compiled.assembly.split("ATOMG")[0], "keys and values must not go through shared memory"
         check_arrival(compiled.assembly)
 
 
@@ -265,5 +291,6 @@ def check_arrival(sass: str):
 def test_config_has_no_batch_and_fits():
     facts = aot.device_facts("sm_90")
     assert decode.pick_config(8, 4096, 128, 2, facts).num_splits == 132 // 8
-    assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 2, "no more splits than the cache has chunks"
+    assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 4, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 4096, 64, 2, facts).num_splits == 1
+    assert decode.pick_config(1, 10**6, 128, 2, facts).num_splits == 64, "the last block has to add them up"

@@ -118,23 +118,31 @@ def fused_attention_ref(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q @ k.T * scale) @ v for q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D]; head h reads KV head h // (Hq / Hkv).
 
     causal: query i sees keys j <= i + Lk - Lq; a row that sees none is zero. Dropout zeroes probabilities after the
-    softmax and multiplies the others by 1 / (1 - dropout_p).
+    softmax and multiplies the others by 1 / (1 - dropout_p). window > 0, with causal: of those only the last `window`.
+    softcap > 0: scores become softcap * tanh(score / softcap). sinks [Hq]: a score that joins each row's softmax and
+    that no value belongs to.
     """
     batch, heads, Lq, D = q.shape
     Lk = k.shape[2]
     group = heads // k.shape[1]
     q, k, v = q.double(), k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
     scores = q @ k.mT * (D**-0.5 if scale is None else scale)
-    if causal:
-        i, j = torch.arange(Lq, device=q.device)[:, None], torch.arange(Lk, device=q.device)
-        last = i + Lk - Lq
-        probabilities = scores.masked_fill(j > last, float("-inf")).softmax(-1).masked_fill(last < 0, 0.0)
-    else:
-        probabilities = scores.softmax(-1)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i, j = torch.arange(Lq, device=q.device)[:, None], torch.arange(Lk, device=q.device)
+    last = i + Lk - Lq
+    seen = (j <= last) & (j > last - window if window else True) if causal else torch.ones_like(i + j, dtype=torch.bool)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.double()[None, :, None, None].expand(batch, -1, Lq, 1)), dim=-1)
+    probabilities = scores.softmax(-1)[..., :Lk].masked_fill(~seen.any(-1, keepdim=True), 0.0)
     if dropout_p > 0:
         keep = dropout_keep_mask(seed, dropout_p, batch, heads, Lq, Lk, q.device)
         probabilities = torch.where(keep, probabilities / (1 - dropout_p), 0.0)
@@ -159,11 +167,15 @@ def decode_attention_ref(
     rope_sin: Tensor | None = None,
     *,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One new token a sequence: (output [B, Hq, D], k_cache, v_cache), the caches being copies with it appended.
 
     The token of row b stands at position lengths[b] and sees itself and what the cache holds before it. At
     lengths[b] >= Lmax nothing is appended: q, rotated for position Lmax - 1, sees the Lmax cached tokens.
+    window, softcap and sinks are those of fused_attention_ref.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     Lmax = k_cache.shape[2]
@@ -179,5 +191,6 @@ def decode_attention_ref(
             v_cache[b, :, length] = v[b].to(v_cache.dtype)
         visible = slice(0, min(length + 1, Lmax))
         row = (q_row[None, :, None], k_cache[b : b + 1, :, visible], v_cache[b : b + 1, :, visible])
-        outputs.append(fused_attention_ref(*row, scale=scale)[0, :, 0])
+        more = {"causal": True, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+        outputs.append(fused_attention_ref(*row, **more)[0, :, 0])
     return torch.stack(outputs), k_cache, v_cache

@@ -4,14 +4,23 @@
     token b stands at position lengths[b]: q and k are rotated for it, k and v stored there, and q attends to
     positions 0 .. lengths[b] -> [B, Hq, D]
 
-Flash-decoding (Dao et al., 2023): the tokens of a sequence are cut into chunks, a block a chunk and KV head, and the
-query heads of a group (G = Hq / Hkv) share a block's K and V. Where the chunks lie depends on the sequence's own
-length, on Lmax and on the chip, never on the batch, and partial results are added in the order of the chunks, so that a
-row has the same bits alone and in any batch. The blocks of a (sequence, KV head) count their arrival; the last one adds
-the partials up and zeroes the counter again. Nobody waits for anybody.
+Flash-decoding (Dao et al., 2023). The tokens of a sequence are cut into tiles, 16 * TILES tokens for each of a block's
+WARPS warps; up to NUM_SPLITS blocks a KV head take the tiles in turn, from the last to the first, and the query heads of
+a group (G = Hq / Hkv) share what a block reads. K and V go from global memory straight into the registers from which
+the tensor core reads them, 16 bytes a thread, with no shared memory in between (`_load_keys` and `_load_values` say
+how). Every warp keeps a softmax of its own, so that no warp waits for another before the end. At these sizes
+instructions are time: a block lives for 2 to 4 us, and its one warp a scheduler issues every other cycle at best.
 
-The block of the last chunk owns the new token: it uses k and v from its registers, rounded as the cache rounds them,
-and stores them; no other block reads that position.
+Where the tiles lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
+results are added in a fixed order: a row has the same bits alone and in any batch. The blocks of a (sequence, KV head)
+count their arrival; the last one adds the partials up and zeroes the counter again. Nobody waits for anybody.
+
+The first block has the last tile, and with it the new token: it uses k and v from its registers, rounded as the cache
+rounds them, and stores them; nobody reads that position.
+
+With programmatic dependent launch a block reads its sequence's length, and asks L2 for its first tile, while the kernel
+before it still runs. That length may be out of date: once that kernel has ended it is read again, together with
+everything else, and if the two differ the first tile is done once more.
 """
 
 from dataclasses import dataclass
@@ -24,21 +33,226 @@ from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
 from tiny_gemm.launcher import Launcher
-from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
+from tiny_gemm.triton_gemm import pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load_rotated(x_ptr, offs_d, mask, cos, sin, ROPE_HALF: tl.constexpr):
-    """x + offs_d as fp32, with RoPE over the first 2 * ROPE_HALF dimensions: d is paired with d + ROPE_HALF."""
-    x = tl.load(x_ptr + offs_d, mask=mask, other=0.0).to(tl.float32)
-    if ROPE_HALF > 0:
-        pair = tl.where(offs_d < ROPE_HALF, offs_d + ROPE_HALF, offs_d - ROPE_HALF)
-        rotates = offs_d < 2 * ROPE_HALF
-        y = tl.load(x_ptr + pair, mask=mask & rotates, other=0.0).to(tl.float32)
-        x = x * cos + tl.where(offs_d < ROPE_HALF, -y, y) * sin
-    return x
+def _load_columns(ptrs, d, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What is at ptrs [.., E], where columns d [..] and on are at least D zero."""
+    if D == BLOCK_D:
+        return tl.load(ptrs, mask=is_there)
+    else:
+        return tl.load(ptrs, mask=((d < D) & is_there)[:, :, :, :, None], other=0.0)
+
+
+@triton.jit
+def _insert(old, new, is_new, USE_ASM: tl.constexpr):
+    """`new` where is_new [..., 1], `old` elsewhere. Triton selects 16-bit numbers one by one; the asm does two."""
+    if USE_ASM:
+        mask = tl.where(is_new, -1, 0).to(tl.int16).broadcast_to(old.shape)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xCA;",  # mask & new | ~mask & old
+            "=r,r,r,r",
+            [mask, new.broadcast_to(old.shape), old],
+            dtype=old.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        return tl.where(is_new, new, old)
+
+
+@triton.jit
+def _load_keys(
+    ptr,  # k of one sequence and KV head, rows stride_cn apart
+    start,
+    last,
+    stride_cn,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+):
+    """Tokens start .. start + 16 * TILES * WARPS, `last` in the place of later ones: [32, WARPS, 2 * TILES, BLOCK_D /
+    4 E, E]. Nothing where start < 0.
+
+    The first dimension is the lane, the second the warp, the rest are registers (as in triton_gemm.load_weights). Lane
+    4 r + t loads of each eight tokens token r, columns 4 E c + E t and E - 1 more for each c. What it needs for the
+    product are columns 16 s + 8 h + 2 t + e; so stored column 4 E c + E t + 4 s + 2 h + e is called 4 E c + 16 s + 8 h
+    + 2 t + e, of k and of q alike, and nothing moves between threads.
+    """
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    eighth = tl.arange(0, 2 * TILES)[None, None, :, None]
+    token = tl.minimum(start + warp * (16 * TILES) + eighth * 8 + lane // 4, last)
+    d = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E) + lane % 4 * E
+    offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
+    return _load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
+
+
+@triton.jit
+def _keys_operand(k, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, E: tl.constexpr):
+    """What _load_keys loaded as [WARPS, 16 * TILES, BLOCK_D], columns renamed."""
+    k = k.reshape(8, 4, WARPS, 2 * TILES, BLOCK_D // (4 * E), E // 4, 2, 2)  # r t warp eighth c s h e
+    return k.permute(2, 3, 0, 4, 5, 6, 1, 7).reshape(WARPS, 16 * TILES, BLOCK_D)
+
+
+@triton.jit
+def _queries_operand(q, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, BLOCK_G: tl.constexpr, E: tl.constexpr):
+    """q [32, WARPS, BLOCK_G / 8, BLOCK_D / 4 E, E], loaded as keys are with heads for tokens, as [WARPS, BLOCK_D,
+    BLOCK_G], columns renamed alike."""
+    q = q.reshape(8, 4, WARPS, BLOCK_G // 8, BLOCK_D // (4 * E), E // 4, 2, 2)  # r t warp eighth c s h e
+    return q.permute(2, 4, 5, 6, 1, 7, 3, 0).reshape(WARPS, BLOCK_D, BLOCK_G)
+
+
+@triton.jit
+def _load_values(
+    ptr,  # v of one sequence and KV head, rows stride_cn apart
+    start,
+    last,
+    stride_cn,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+):
+    """The tokens that _load_keys loads: [32, WARPS, 4 * TILES, BLOCK_D / 8 E, E].
+
+    Lane 4 r + t loads of each sixteen tokens those that the product wants of it, 8 h + 2 t + e, and of each columns
+    8 E c + E r and E - 1 more; stored column 8 E c + E r + j is called 8 E c + 8 j + r.
+    """
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    part = tl.arange(0, 4 * TILES)[None, None, :, None]
+    token = tl.minimum(start + warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2, last)
+    d = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E) + lane // 4 * E
+    offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
+    return _load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
+
+
+@triton.jit
+def _values_operand(v, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, E: tl.constexpr):
+    """What _load_values loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed."""
+    v = v.reshape(8, 4, WARPS, 2 * TILES, 2, BLOCK_D // (8 * E), E)  # r t warp eighth e c j
+    return v.permute(2, 5, 6, 0, 3, 1, 4).reshape(WARPS, BLOCK_D, 16 * TILES)
+
+
+@triton.jit
+def _first_of_pair(d, ROPE_HALF: tl.constexpr):
+    """d or d - ROPE_HALF, and 0 for what is not rotated. (Of a remainder Triton would not know that 4 divides it.)"""
+    return tl.where(d < ROPE_HALF, d, tl.where(d < 2 * ROPE_HALF, d - ROPE_HALF, 0))
+
+
+@triton.jit
+def _rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr):
+    """The cosines (or sines) of `position` for columns d and E - 1 more, of shape [..., E]; anything past what rotates.
+
+    Loaded in fours, 16 bytes: the layout of other loads, E elements a thread, is then had without a move.
+    """
+    d = d[:, :, :, :, None] + tl.arange(0, E // 4) * 4
+    ptr += tl.cast(position, tl.int64) * ROPE_HALF
+    if ROPE_HALF % 4 == 0:
+        cols = _first_of_pair(d, ROPE_HALF)[:, :, :, :, :, None] + tl.arange(0, 4)
+    else:
+        cols = _first_of_pair(d[:, :, :, :, :, None] + tl.arange(0, 4), ROPE_HALF)
+    row = tl.load(ptr + cols, mask=position >= 0)  # always: but a load with a mask stays where it is written
+    return row.reshape(row.shape[0], row.shape[1], row.shape[2], row.shape[3], E)
+
+
+@triton.jit
+def _load_pairs(ptr, d, mask, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E: tl.constexpr):
+    """Columns d and E - 1 more at ptr, of shape [..., E], and what RoPE pairs each with (anything if IN_THREAD)."""
+    mask = mask[:, :, :, :, None]
+    x = tl.load((ptr + d)[:, :, :, :, None] + tl.arange(0, E), mask=mask, other=0.0)
+    y = x
+    if ROPE_HALF > 0 and not IN_THREAD:
+        if ROPE_HALF % E == 0:  # whole vectors pair up
+            pair = tl.where(d < ROPE_HALF, d + ROPE_HALF, d - ROPE_HALF)[:, :, :, :, None] + tl.arange(0, E)
+        else:
+            cols = d[:, :, :, :, None] + tl.arange(0, E)
+            pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
+        rotates = d[:, :, :, :, None] + tl.arange(0, E) < 2 * ROPE_HALF
+        y = tl.load(ptr[:, :, :, :, None] + pair, mask=mask & rotates, other=0.0)
+    return x, y
+
+
+@triton.jit
+def _rotate(x, y, d, cos, sin, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E: tl.constexpr):
+    """RoPE on what _load_pairs loaded, as fp32: column i with column i + ROPE_HALF."""
+    x = x.to(tl.float32)
+    if ROPE_HALF == 0:
+        return x
+    elif IN_THREAD:
+        halves = x.reshape(x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2, E)
+        pairs = tl.flip(halves, 3)
+        first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
+        cos, sin = cos[:, :, :, None, :, :], sin[:, :, :, None, :, :]
+        return (halves * cos + tl.where(first, -pairs, pairs) * sin).reshape(x.shape)
+    else:
+        y = y.to(tl.float32)
+        cols = d[:, :, :, :, None] + tl.arange(0, E)
+        return tl.where(cols < 2 * ROPE_HALF, x * cos + tl.where(cols < ROPE_HALF, -y, y) * sin, x)
+
+
+@triton.jit
+def _attend(
+    q,  # [WARPS, BLOCK_D, BLOCK_G]
+    k,  # as _load_keys loads it
+    v,  # as _load_values loads it
+    top,
+    total,
+    acc,
+    tokens,  # of the tile that count
+    scale_log2,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+):
+    """The running softmax (top, total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]) with one more tile."""
+    s = tl.dot(_keys_operand(k, BLOCK_D, WARPS, TILES, E), q, input_precision="ieee") * scale_log2
+    offs_n = tl.arange(0, 16 * TILES * WARPS).reshape(WARPS, 16 * TILES)[:, :, None]
+    s = tl.where(offs_n < tokens, s, float("-inf"))  # [WARPS, 16 * TILES, BLOCK_G]
+    new_top = tl.maximum(top, tl.max(s, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a warp may have seen no token yet
+    p = tl.exp2(s - base[:, None, :])
+    rescale = tl.exp2(top - base)
+    total = total * rescale + tl.sum(p, 1)
+    v = _values_operand(v, BLOCK_D, WARPS, TILES, E)
+    return new_top, total, tl.dot(v, p.to(v.dtype), acc * rescale[:, None, :], input_precision="ieee")
+
+
+@triton.jit
+def _first_tile(length, split, Lmax, STEP: tl.constexpr):
+    """Where the first tile of block `split` starts. Tiles are taken from the last on, which has the new token."""
+    return (tl.cdiv(tl.minimum(length + 1, Lmax), STEP) - 1 - split) * STEP
+
+
+@triton.jit
+def _add_warps(x, WARPS: tl.constexpr):
+    """[WARPS, R, C] -> [R, C]: the sum, by one exchange through shared memory (tl.sum takes two longer ones)."""
+    R: tl.constexpr = x.shape[1]
+    C: tl.constexpr = x.shape[2]
+    x = x.permute(1, 2, 0)
+    if WARPS == 1:
+        return x.reshape(R, C)
+    elif WARPS == 2:
+        a, b = tl.split(x)
+        return a + b
+    elif WARPS == 4:
+        a, b = tl.split(x.reshape(R, C, 2, 2))
+        a, b = tl.split(a + b)
+        return a + b
+    else:
+        tl.static_assert(WARPS == 8)
+        a, b = tl.split(x.reshape(R, C, 2, 2, 2))
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+        return a + b
 
 
 def _decode_attention_cost(grid, kernel, args) -> dict:
@@ -89,93 +303,135 @@ def _decode_attention_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    E: tl.constexpr,  # elements in 16 bytes
+    PREFETCH: tl.constexpr,
+    USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    wait_for_previous(PDL)
+    STEP: tl.constexpr = 16 * TILES * WARPS  # tokens of a tile
+    CACHED: tl.constexpr = k_cache_ptr.dtype.element_ty
+    PAIR_IN_THREAD: tl.constexpr = 2 * ROPE_HALF == BLOCK_D and ROPE_HALF % (4 * E) == 0
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-
-    length = tl.maximum(tl.load(lengths_ptr + batch), 0)
-    cached = tl.minimum(length, Lmax)  # tokens to read from the cache
-    tokens = tl.minimum(length + 1, Lmax)  # and with the new one, if it still fits
-    chunk = tl.cdiv(tl.cdiv(tokens, NUM_SPLITS), BLOCK_N) * BLOCK_N
-    num_chunks = tl.cdiv(tokens, chunk)
-    if split >= num_chunks:
-        return
-
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_d = tl.arange(0, BLOCK_D)[None, :]
-    offs_n = tl.arange(0, BLOCK_N)
-    mask_d = offs_d < D
-    mask_gd = (offs_g < G)[:, None] & mask_d
-
-    cos = 1.0
-    sin = 0.0
-    if ROPE_HALF > 0:
-        rope_row = tl.minimum(length, Lmax - 1).to(tl.int64) * ROPE_HALF
-        rotates = offs_d < 2 * ROPE_HALF
-        cos = tl.load(cos_ptr + rope_row + offs_d % ROPE_HALF, mask=rotates, other=1.0)  # [1, BLOCK_D]
-        sin = tl.load(sin_ptr + rope_row + offs_d % ROPE_HALF, mask=rotates, other=0.0)
-    q_ptr += batch * stride_qb + kv_head * G * stride_qh
-    q = _load_rotated(q_ptr + offs_g[:, None] * stride_qh, offs_d, mask_gd, cos, sin, ROPE_HALF)
-    q = q.to(k_cache_ptr.dtype.element_ty)  # [BLOCK_G, BLOCK_D]
-
-    top = tl.full([BLOCK_G], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
-    total = tl.zeros([BLOCK_G], tl.float32)  # running sum of exp2(score - top)
-    acc = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
     k_cache_ptr += batch * stride_cb + kv_head * stride_ch
     v_cache_ptr += batch * stride_cb + kv_head * stride_ch
-    if (split == num_chunks - 1) & (length < Lmax):
-        new_row = batch * stride_kb + kv_head * stride_kh
-        k_new = _load_rotated(k_ptr + new_row, offs_d, mask_d, cos, sin, ROPE_HALF)
-        k_new = k_new.to(k_cache_ptr.dtype.element_ty)  # [1, BLOCK_D]
-        v_new = tl.load(v_ptr + new_row + offs_d, mask=mask_d, other=0.0).to(v_cache_ptr.dtype.element_ty)
-        cache_row = tl.cast(length, tl.int64) * stride_cn
-        tl.store(k_cache_ptr + cache_row + offs_d, k_new, mask=mask_d)
-        tl.store(v_cache_ptr + cache_row + offs_d, v_new, mask=mask_d)
-        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale_log2
-        total += 1.0
-        acc += v_new.to(tl.float32)
 
-    offs_kv = offs_n[:, None] * stride_cn + offs_d  # [BLOCK_N, BLOCK_D]
-    end = tl.minimum((split + 1) * chunk, cached)
-    for start in range(split * chunk, end, BLOCK_N):
-        mask_n = start + offs_n < end
-        tile = tl.cast(start, tl.int64) * stride_cn
-        k = tl.load(k_cache_ptr + tile + offs_kv, mask=mask_n[:, None] & mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        v = tl.load(v_cache_ptr + tile + offs_kv, mask=mask_n[:, None] & mask_d, other=0.0)  # [BLOCK_N, BLOCK_D]
-        s = tl.dot(q, k.T, input_precision="ieee") * scale_log2  # [BLOCK_G, BLOCK_N]
-        s = tl.where(mask_n[None, :], s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1))
-        p = tl.exp2(s - new_top[:, None])  # [BLOCK_G, BLOCK_N]
-        rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision="ieee")
-        top = new_top
+    length = tl.maximum(tl.load(lengths_ptr + batch), 0)
+    if PREFETCH:
+        start = _first_tile(length, split, Lmax, STEP)
+        rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
+        first_k = k_cache_ptr + tl.cast(start, tl.int64) * D
+        first_v = v_cache_ptr + tl.cast(start, tl.int64) * D
+        is_aligned = (first_k.to(tl.int64) | first_v.to(tl.int64)) % 16 == 0
+        if (rows > 0) & (start >= 0) & (stride_cn == D) & is_aligned:
+            num_bytes = rows * (D * (CACHED.primitive_bitwidth // 8))
+            prefetch_l2(first_k, num_bytes)
+            prefetch_l2(first_v, num_bytes)
+    wait_for_previous(PDL)
 
-    acc /= total[:, None]
-    out_ptr += (batch * tl.num_programs(1) + kv_head) * G * D
-    if num_chunks == 1:
-        tl.store(out_ptr + offs_g[:, None] * D + offs_d, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    d = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E) + lane % 4 * E + warp * 0  # as keys are loaded
+    d_v = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E) + lane // 4 * E + warp * 0  # as values are
+    d_rope = d
+    if PAIR_IN_THREAD:  # the other half has the same angles
+        d_rope = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (4 * E) + lane % 4 * E + warp * 0
+    head = lane // 4 + 8 * tl.arange(0, BLOCK_G // 8)[None, None, :, None]
+    q_row = batch * stride_qb + (kv_head * G + head) * stride_qh
+    new_row = batch * stride_kb + kv_head * stride_kh + lane * 0
+    q = tl.zeros([WARPS, BLOCK_D, BLOCK_G], CACHED)
+    top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
+    total = tl.zeros([WARPS, BLOCK_G], tl.float32)  # running sum of exp2(score - top)
+    acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
+
+    read_early = -1
+    while read_early != length:  # once, or twice if `length` was read before its time
+        # What the first tile needs, all asked for before any of it is used.
+        start = _first_tile(length, split, Lmax, STEP)
+        last = tl.maximum(tl.minimum(length, Lmax) - 1, 0)
+        k = _load_keys(k_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
+        v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
+        q_new, q_pair = _load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
+        k_new, k_pair = _load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
+        v_new, _ = _load_pairs(v_ptr + new_row, d_v, d_v < D, 0, True, E)
+        cos = 1.0
+        sin = 0.0
+        if ROPE_HALF > 0:
+            position = tl.minimum(length, Lmax - 1)
+            cos = _rope_row(cos_ptr, d_rope, position, ROPE_HALF, E)
+            sin = _rope_row(sin_ptr, d_rope, position, ROPE_HALF, E)
+        read_early = length
+        if PDL:
+            length = tl.maximum(tl.load(lengths_ptr + batch, cache_modifier=".cg"), 0)
+        q_new = _rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
+        q = _queries_operand(q_new, BLOCK_D, WARPS, BLOCK_G, E)
+        top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([WARPS, BLOCK_G], tl.float32)
+        acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
+        if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
+            k_new = _rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
+            v_new = v_new.to(CACHED)
+            if read_early == length:
+                cache_row = tl.cast(length, tl.int64) * stride_cn
+                at_k = k_cache_ptr + (cache_row + d)[:, :, :, :, None] + tl.arange(0, E)
+                tl.store(at_k, k_new, mask=((lane < 4) & (warp == 0) & (d < D))[:, :, :, :, None])
+                at_v = v_cache_ptr + (cache_row + d_v)[:, :, :, :, None] + tl.arange(0, E)
+                tl.store(at_v, v_new, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
+            # Later tokens of the tile do not count, but their v must be a number: the new token's.
+            k_row = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8 + lane // 4
+            k = _insert(k, k_new, (k_row >= read_early - start)[:, :, :, :, None], USE_ASM)
+            part = tl.arange(0, 4 * TILES)[None, None, :, None]
+            v_row = warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2
+            v = _insert(v, v_new, (v_row >= read_early - start)[:, :, :, :, None], USE_ASM)
+            top, total, acc = _attend(
+                q, k, v, top, total, acc, read_early + 1 - start, scale_log2, BLOCK_D, WARPS, TILES, E
+            )
+        elif start >= 0:
+            top, total, acc = _attend(q, k, v, top, total, acc, Lmax - start, scale_log2, BLOCK_D, WARPS, TILES, E)
+
+    num_tiles = tl.cdiv(tl.minimum(length + 1, Lmax), STEP)
+    splits = tl.minimum(num_tiles, NUM_SPLITS)
+    if split >= splits:
+        return
+    start = _first_tile(length, split, Lmax, STEP) - splits * STEP
+    while start >= 0:  # from the last tile to the first; all of their tokens count
+        k = _load_keys(k_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
+        v = _load_values(v_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
+        top, total, acc = _attend(q, k, v, top, total, acc, STEP, scale_log2, BLOCK_D, WARPS, TILES, E)
+        start -= splits * STEP
+
+    block_top = tl.max(top, 0)
+    weight = tl.exp2(top - block_top[None, :])
+    block_total = tl.sum(total * weight, 0)
+    acc = _add_warps(acc * weight[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
+    col = tl.arange(0, BLOCK_D)[:, None]
+    col = col // (8 * E) * (8 * E) + col % 8 * E + col % (8 * E) // 8  # what _load_values called `col`
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_gd = offs_g[None, :] * D + col
+    mask_gd = (offs_g < G)[None, :] & (col < D)
+    group = batch * tl.num_programs(1) + kv_head
+    out_ptr += group * G * D
+    if splits == 1:
+        tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
         return
 
-    group = batch * tl.num_programs(1) + kv_head
     weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
     weight_ptr += group * NUM_SPLITS * G
     partial_ptr += group * NUM_SPLITS * G * D
-    tl.store(partial_ptr + split * G * D + offs_g[:, None] * D + offs_d, acc, mask=mask_gd)
-    tl.store(weight_ptr + split * G + offs_g, top + tl.log2(total), mask=offs_g < G)
+    tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
+    tl.store(weight_ptr + split * G + offs_g, block_top + tl.log2(block_total), mask=offs_g < G)
 
     # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
     # them, and it reads past L1, which may hold lines from before.
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == num_chunks - 1:
-        _reduce_partials(partial_ptr, weight_ptr, out_ptr, num_chunks, G, D, NUM_SPLITS, BLOCK_D)
+    if arrived == splits - 1:
+        _reduce_partials(partial_ptr, weight_ptr, out_ptr, splits, G, D, NUM_SPLITS, BLOCK_D)
         tl.store(counter_ptr + group, 0)
 
 
@@ -184,56 +440,54 @@ def _reduce_partials(
     partial_ptr,  # [NUM_SPLITS, G, D] fp32
     weight_ptr,  # [NUM_SPLITS, G] fp32
     out_ptr,  # [G, D]
-    num_chunks,
+    splits,
     G: tl.constexpr,
     D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """out = sum over chunks of partial * 2 ** weight, over sum of 2 ** weight; the sums always run in one order."""
+    """out = sum over splits of partial * 2 ** weight, over sum of 2 ** weight; the sums always run in one order."""
     GROUP: tl.constexpr = triton.next_power_of_2(G)
     ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
-    STEP: tl.constexpr = max(1, min(ALL, 4096 // (GROUP * BLOCK_D)))  # chunks at once: 4096 values in registers
-    offs_g = tl.arange(0, GROUP)
-    mask_g = offs_g < G
+    AT_ONCE: tl.constexpr = max(1, min(ALL, 8192 // (GROUP * BLOCK_D)))  # partials in flight
+    offs_g = tl.arange(0, GROUP)[:, None]
     offs_d = tl.arange(0, BLOCK_D)
+    offs_gd = offs_g * D + offs_d[None, :]
+    mask_gd = (offs_g < G) & (offs_d < D)[None, :]
 
-    offs_s = tl.arange(0, ALL)[:, None]
-    mask_sg = (offs_s < num_chunks) & mask_g[None, :]
-    weights = tl.load(
-        weight_ptr + offs_s * G + offs_g[None, :], mask=mask_sg, other=float("-inf"), cache_modifier=".cg"
-    )
-    top = tl.where(mask_g, tl.max(weights, 0), 0.0)
-    total = tl.where(mask_g, tl.sum(tl.exp2(weights - top[None, :]), 0), 1.0)
-
-    offs_gd = offs_g[:, None] * D + offs_d[None, :]
-    mask_gd = mask_g[:, None] & (offs_d < D)[None, :]
+    top = tl.full([GROUP], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP], tl.float32)
     acc = tl.zeros([GROUP, BLOCK_D], tl.float32)
-    for start in range(0, num_chunks, STEP):
-        split = start + tl.arange(0, STEP)
-        mask_s = split < num_chunks
-        weight = tl.load(
-            weight_ptr + split[:, None] * G + offs_g[None, :],
-            mask=mask_s[:, None] & mask_g[None, :],
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )  # [STEP, GROUP]
+    for start in tl.range(0, splits, AT_ONCE, num_stages=1):
+        split = start + tl.arange(0, AT_ONCE)[None, :]
         partial = tl.load(
-            partial_ptr + split[:, None, None] * (G * D) + offs_gd[None, :, :],
-            mask=mask_s[:, None, None] & mask_gd[None, :, :],
+            partial_ptr + split[:, :, None] * (G * D) + offs_gd[:, None, :],
+            mask=(split < splits)[:, :, None] & mask_gd[:, None, :],
             other=0.0,
             cache_modifier=".cg",
-        )  # [STEP, GROUP, BLOCK_D]
-        acc += tl.sum(partial * tl.exp2(weight - top[None, :])[:, :, None], 0)
-    tl.store(out_ptr + offs_gd, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask_gd)
+        )  # [GROUP, AT_ONCE, BLOCK_D]
+        weight = tl.load(
+            weight_ptr + split * G + offs_g,
+            mask=(split < splits) & (offs_g < G),
+            other=float("-inf"),
+            cache_modifier=".cg",
+        )  # [GROUP, AT_ONCE]
+        new_top = tl.maximum(top, tl.max(weight, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of rows past G
+        factor = tl.exp2(weight - base[:, None])
+        rescale = tl.exp2(top - base)
+        total = total * rescale + tl.sum(factor, 1)
+        acc = acc * rescale[:, None] + tl.sum(partial * factor[:, :, None], 1)
+        top = new_top
+    tl.store(out_ptr + offs_gd, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=mask_gd)
 
 
 @dataclass(frozen=True)
 class DecodeAttentionConfig:
-    num_splits: int  # the most chunks that a sequence is cut into
-    block_n: int  # tokens a step; a chunk is a multiple of it
+    num_splits: int  # the most blocks that share a sequence and KV head
     num_warps: int
-    num_stages: int
+    tiles: int  # of 16 tokens that a warp takes at once
+    max_registers: int | None = None  # a thread; fewer let more blocks share an SM
 
 
 @cache
@@ -242,30 +496,45 @@ def pick_config(
 ) -> DecodeAttentionConfig:
     """About one block an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
 
-    Swept on an H200, 2026-11-22, at D 64 and length 512 only, where two warps beat four; the rest is guessed.
+    For 16 bits swept on an H100, 2026-11-24, by benchmarks/sweep_decode_attention.py: 32 query and 8 KV heads of size
+    64 and 128, 128 to 32,768 tokens, batch 1 to 8; other chips and head sizes take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
-    block_n = 16 if itemsize == 4 else 64 if block_d <= 128 else 32
-    num_splits = max(1, min(device.sm_count // kv_heads, triton.cdiv(max_length, block_n), 64))
+    splits = max(1, device.sm_count // kv_heads)
     if itemsize == 4:  # no tensor cores in full precision
-        return DecodeAttentionConfig(num_splits, block_n, num_warps=8, num_stages=1)
-    num_warps = 2 if block_d <= 64 and device.is_nvidia else 4
-    return DecodeAttentionConfig(num_splits, block_n, num_warps, num_stages=3 if device.is_nvidia else 2)
+        num_warps, tiles, max_registers = 4, 1, None
+    elif block_d > 128:
+        num_warps, tiles, max_registers = 4, 1, None
+    elif max_length <= 1024 if block_d <= 64 else max_length <= 512:  # many small blocks: one tile each
+        num_warps, tiles, max_registers = 2, 1, 128 if block_d <= 64 else 168
+    elif max_length <= 4096:  # a tile is large, for few partial results and all bytes in flight at once
+        num_warps, tiles, max_registers = 4, 2, 168 if block_d <= 64 else None
+    else:
+        num_warps, tiles, max_registers = 8, 1, 128 if block_d <= 64 else 168
+        splits *= 2 if block_d <= 64 else 1
+    splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), 64)
+    return DecodeAttentionConfig(splits, num_warps, tiles, max_registers if device.is_nvidia else None)
 
 
 @cache
-def _launcher(config: DecodeAttentionConfig, rope_half: int, group: int, head_dim: int, facts: DeviceFacts) -> Launcher:
+def _launcher(
+    config: DecodeAttentionConfig, rope_half: int, group: int, head_dim: int, itemsize: int, facts: DeviceFacts
+) -> Launcher:
     return Launcher(
         _decode_attention_kernel,
         ROPE_HALF=rope_half,
         G=group,
         D=head_dim,
         NUM_SPLITS=config.num_splits,
-        BLOCK_N=config.block_n,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        WARPS=config.num_warps,
+        TILES=config.tiles,
+        BLOCK_G=max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
         BLOCK_D=triton.next_power_of_2(head_dim),
+        E=16 // itemsize,
+        PREFETCH=facts.has_pdl,
+        USE_ASM=facts.is_nvidia and itemsize == 2,
         num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        maxnreg=config.max_registers,
         **pdl_options(facts),
     )
 
@@ -302,7 +571,7 @@ def decode_attention(
     out = q.new_empty(batch, heads, D)
     partial = scratch(q, batch * heads * config.num_splits * (D + 1))
     arrivals = counters(q.device, batch * kv_heads)
-    _launcher(config, rope_half, heads // kv_heads, D, facts)(
+    _launcher(config, rope_half, heads // kv_heads, D, k_cache.element_size(), facts)(
         (config.num_splits, kv_heads, batch),
         (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, partial, arrivals, out),
         (
