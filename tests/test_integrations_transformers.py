@@ -11,12 +11,14 @@ import sys
 
 import pytest
 import torch
-from conftest import TOLERANCES
+from conftest import TOLERANCES, assert_close
+from tiny_checkpoints import write_hf
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 import tiny_gemm
-from tiny_gemm import Int4Linear, dequantize, ops, quantize_model_
+from tiny_gemm import Int4Linear, checkpoint, dequantize, ops, quantize_model_
 
 transformers = pytest.importorskip("transformers")
 tg = pytest.importorskip("tiny_gemm.integrations.transformers")
@@ -209,7 +211,7 @@ def logits_in_steps(model, inputs: dict, cache, steps: tuple[int, ...]) -> torch
     batch, seen = inputs["input_ids"].shape
     mask = inputs.get("attention_mask")
     logits = [model(**inputs, past_key_values=cache).logits]
-    further = tokens(batch, sum(steps))
+    further = tokens(batch, sum(steps)).to(inputs["input_ids"].device)
     for step in steps:
         ids, further = further[:, :step], further[:, step:]
         seen += step
@@ -436,6 +438,17 @@ def test_quantizer_errors(tmp_path):
     assert type(skipped.model.layers[0].mlp.up_proj) is Int4Linear
 
 
+def test_the_other_kind_of_directory_is_refused_in_words(tmp_path):
+    """tiny-gemm quantize and save_pretrained write the same weights under other names."""
+    write_hf(tmp_path / "plain")
+    checkpoint.convert(tmp_path / "plain", tmp_path / "packed", group_size=32)
+    with pytest.raises(ValueError, match="`tiny-gemm quantize` wrote is read by tiny_gemm.checkpoint.load"):
+        load(tmp_path / "packed")
+    load(tmp_path / "plain", quantization_config=tg.TinyGemmConfig(group_size=32)).save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="were saved by transformers"):
+        checkpoint.load(tmp_path / "saved")
+
+
 def test_without_transformers_the_import_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "tiny_gemm.integrations.transformers")
     monkeypatch.setitem(sys.modules, "transformers", None)
@@ -502,3 +515,102 @@ def test_generate_compiles_the_decode_step(checkpoints):
     config._compile_all_devices = True
     assert torch.equal(model.generate(**inputs, compile_config=config), want)
     assert counter.frame_count == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a GPU, in bfloat16. The yardstick is float32 on the GPU; what sdpa in bfloat16 is off by, ours may be, and as much.
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOGIT_ERROR = 0.02  # of the logits' norm: bfloat16 through two layers; a wrong mask, head or column gives 0.3 and more
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    return ((got.float() - want).norm() / want.norm()).item()
+
+
+def dequantized(model, device: str):
+    """The same model in float32 with every Int4Linear as the nn.Linear that it stands for, under sdpa."""
+    twin = copy.deepcopy(model)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, Int4Linear):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            linear.weight.data = dequantize(layer.int4_weight())
+            if layer.bias is not None:
+                linear.bias.data = layer.bias
+            twin.set_submodule(name, linear)
+    twin.set_attn_implementation("sdpa")
+    return twin.to(device, torch.float32)
+
+
+def assert_greedy(reference, prompt: torch.Tensor, sequence: torch.Tensor) -> None:
+    """Each generated token is the likeliest to `reference`, or as likely but for rounding."""
+    logits = reference(sequence).logits[:, prompt.shape[1] - 1 : -1]
+    chosen = logits.gather(-1, sequence[:, prompt.shape[1] :, None])[..., 0]
+    assert (logits.amax(-1) - chosen).max() < 5 * LOGIT_ERROR * logits.std()
+    assert len(sequence[0, prompt.shape[1] :].unique()) > 3, "a model that repeats itself would hide errors"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_int4_linear_on_a_gpu(symmetric, poisoned):
+    torch.manual_seed(0)
+    original = Int4Linear.from_linear(nn.Linear(192, 37), group_size=32, symmetric=symmetric)
+    weight, bias = dequantize(original.int4_weight(), torch.float64), original.bias
+    for dtype in (torch.bfloat16, torch.float16):
+        layer = copy.deepcopy(original).to("cuda", dtype)
+        assert layer.scales.dtype == torch.float16 and {b.device.type for b in layer.buffers()} == {"cuda"}
+        for rows in ((1,), (2, 3), (40,)):
+            x = torch.randn(*rows, 192, dtype=dtype)
+            want = x.double() @ weight.T + bias.to(dtype).double()
+            assert_close(layer(x.cuda()), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", CONFIGS)
+def test_attention_on_a_gpu(family, poisoned, fused_calls):
+    """Prefill and single tokens through the op, a chunk against the cache through sdpa."""
+    inputs = {"input_ids": tokens(2, 19).cuda()}
+    models = {name: model_of(family, name).to("cuda", torch.bfloat16) for name in ("tiny_gemm", "sdpa")}
+    models["float32"] = copy.deepcopy(models["sdpa"]).float()  # the same weights
+    logits = {n: logits_in_steps(m, inputs, cache_of("dynamic", m), (1, 1, 3, 1)) for n, m in models.items()}
+    assert set(fused_calls) == {(19, 19, True), *((1, n, False) for n in (20, 21, 25))}
+    error, peer = (relative_error(logits[name], logits["float32"]) for name in ("tiny_gemm", "sdpa"))
+    assert error < LOGIT_ERROR and error < 2 * peer + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_quantizer_on_a_gpu(quantization, checkpoints, tmp_path):
+    """Quantize while loading onto the GPU, generate, save, load: the same bits."""
+    options = {"dtype": torch.bfloat16, "device_map": "cuda", "attn_implementation": "tiny_gemm"}
+    config = tg.TinyGemmConfig(**QUANTIZATIONS[quantization])
+    model = load(checkpoints / "qwen3", quantization_config=config, **options)
+    state = model.state_dict()
+    assert {t.device.type for t in state.values()} == {"cuda"}
+    prompt = tokens(2, 6).cuda()
+    generated = model.generate(prompt, max_new_tokens=12, do_sample=False)
+    assert_greedy(dequantized(model, "cuda"), prompt, generated)
+
+    model.save_pretrained(tmp_path)
+    again = load(tmp_path, **options)
+    assert again.state_dict().keys() == state.keys()
+    for name, t in again.state_dict().items():
+        assert t.dtype == state[name].dtype and torch.equal(t, state[name]), name
+    assert torch.equal(again(prompt).logits, model(prompt).logits)
+
+
+@pytest.mark.gpu
+def test_generate_compiles_the_decode_step_into_a_cuda_graph(checkpoints):
+    """One graph without a break, and inductor finds nothing in it that a CUDA graph could not hold."""
+    options = {"dtype": torch.bfloat16, "device_map": "cuda", "attn_implementation": "tiny_gemm"}
+    model = load(checkpoints / "llama", quantization_config=tg.TinyGemmConfig(), **options)
+    reference, prompt = dequantized(model, "cuda"), tokens(1, 6).cuda()
+    torch._dynamo.reset()
+    counters.clear()
+    config = transformers.CompileConfig(fullgraph=True, mode="reduce-overhead")
+    generated = model.generate(
+        prompt, max_new_tokens=12, do_sample=False, cache_implementation="static", compile_config=config
+    )
+    assert_greedy(reference, prompt, generated)
+    assert counters["stats"]["unique_graphs"] >= 1 and not counters["graph_break"]
+    assert counters["inductor"]["cudagraph_skips"] == 0

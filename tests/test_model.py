@@ -26,6 +26,10 @@ FAMILIES = {
     "llama-llama3-rope-sharded": dict(family="llama", rope=LLAMA3, shard_size="100KB"),
     "llama-linear-rope-biases": dict(family="llama", rope={"rope_type": "linear", "factor": 4.0}, attention_bias=True),
     "mistral": dict(family="mistral", sliding_window=None),
+    "mistral-window": dict(family="mistral", sliding_window=7),
+    "qwen2-window-of-the-second-layer": dict(
+        family="qwen2", use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
     "qwen2-tied": dict(family="qwen2", tied=True),
     "qwen3": dict(family="qwen3"),
 }
@@ -207,7 +211,11 @@ def test_reads_the_config_of_old_and_new_transformers():
     config = ModelConfig.from_hf(old | {"use_sliding_window": False, "sliding_window": 64})
     assert config.sliding_window is None and config.eos_token_ids == (2, 5) and config.qkv_bias
     assert config.rope_theta == 1e6 and config.rope_scaling is None and not config.output_bias
-    assert ModelConfig.from_hf(old | {"use_sliding_window": True, "sliding_window": 64}).sliding_window == 64
+    windowed = old | {"use_sliding_window": True, "sliding_window": 64}
+    config = ModelConfig.from_hf(windowed | {"max_window_layers": 1})
+    assert config.sliding_window == 64 and config.window(0) == 0 and config.window(1) == 64
+    config = ModelConfig.from_hf(windowed | {"layer_types": ["sliding_attention", "full_attention"]})
+    assert config.window(0) == 64 and config.window(1) == 0
 
 
 def test_names_the_tensor_that_does_not_fit():
@@ -233,9 +241,7 @@ def test_the_weights_are_taken_from_the_caller():
 
 
 def test_refuses_a_cache_that_does_not_fit():
-    config = config_of("mistral", sliding_window=32)
-    with pytest.raises(ValueError, match="max_length=33 exceeds sliding_window=32"):
-        KVCache.allocate(config, 1, 33, "cpu", torch.float32)
+    config = config_of("mistral")
     with pytest.raises(ValueError, match="max_length=300 must be 1 to max_position_embeddings=256"):
         KVCache.allocate(config, 1, 300, "cpu", torch.float32)
     model = Transformer(config, weights_of(config), torch.float32)
@@ -285,3 +291,16 @@ def test_real_model_on_a_gpu(dtype, record_property):
     record_property("agreement", str(agreement))
     print(agreement)
     assert agreement.top1 >= 0.98 and agreement.mean_kl < 2e-3
+
+
+def test_an_input_order_belongs_to_an_int4_weight():
+    config = config_of()
+    name, order = "model.layers.0.mlp.up_proj", torch.arange(config.hidden_size, dtype=torch.int32).flip(0)
+    weights = weights_of(config) | {f"{name}.input_order": order}
+    with pytest.raises(ValueError, match=f"{name}.input_order belongs to an INT4 weight, but {name}.weight is"):
+        Transformer(config, dict(weights), torch.float32)
+    weights[f"{name}.weight"] = quantize(weights[f"{name}.weight"], 32)
+    Transformer(config, dict(weights), torch.float32)
+    weights[f"{name}.input_order"] = order.clamp(min=1)
+    with pytest.raises(ValueError, match=f"{name}.input_order must hold each of 0 to 95 once, as int32"):
+        Transformer(config, weights, torch.bfloat16)

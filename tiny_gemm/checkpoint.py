@@ -6,7 +6,7 @@
 Every source looks alike from the inside: a config in Hugging Face's form, the shapes of its tensors under Hugging
 Face's names, and a read function. Shapes are checked against the config before anything is read; then tensors are read
 one at a time, so that peak host memory is the packed model and one tensor. Nothing is ever unpickled. Directories that
-GPTQ, AWQ or compressed-tensors have quantized to 4 bits keep their integers and scales (packed_formats.py).
+GPTQ, AWQ, compressed-tensors or HQQ have quantized to 4 bits keep their integers and scales (packed_formats.py).
 """
 
 import json
@@ -78,8 +78,8 @@ def load(
     progress: bool | None = None,
 ) -> tuple[Transformer, Tokenizer]:
     """A model and its tokenizer from `path`: a .gguf file, a directory that holds just one, a Hugging Face directory
-    (config.json, model.safetensors or its shards, tokenizer.json; 16 bit, or quantized to 4 bits by GPTQ, AWQ or
-    compressed-tensors), or a directory that convert wrote.
+    (config.json, model.safetensors or its shards, tokenizer.json; 16 bit, or quantized to 4 bits by GPTQ, AWQ,
+    compressed-tensors or HQQ), or a directory that convert wrote.
 
     dtype: of activations and 16-bit weights, by default default_dtype(device, config); float32 is the exact mode.
     quantize: a group size (32, 64, 128, -1 for per-channel) that 16-bit linear weights are quantized to as they are
@@ -223,6 +223,10 @@ def _check(source: Source, group_size: int | None) -> ModelConfig:
     if config.num_layers > len(source.shapes):
         raise CheckpointError(f"{source.path}: {config.num_layers} layers, but only {len(source.shapes)} tensors")
     expected = _expected_shapes(config)
+    for name, shape in list(expected.items()):
+        order = _order_of(name)
+        if order in source.shapes and source.kinds.get(name) == "INT4":
+            expected[order] = shape[1:]
     missing = [n for n in expected if n not in source.shapes]
     surplus = [n for n in source.shapes if n not in expected]
     for what, names in (("lacks", missing), ("has, and the model has no place for,", surplus)):
@@ -606,21 +610,11 @@ def _open_directory(path: Path) -> Source:
                     raise CheckpointError(f"{path}: {name} is in both {stored[name][0].name} and {file.name}")
                 part = f.get_slice(name)
                 stored[name] = (file, part.get_dtype(), tuple(part.get_shape()))
-    foreign = {} if form is None else _foreign_weights(path, form, stored)
-    parts = {f"{name}.{part}" for name in int4 for part in ("packed", "scales", "zeros")}
-    parts |= {name for w in foreign.values() for name in w.parts.values()}
-    tied = bool(config.get("tie_word_embeddings"))  # some checkpoints store the head a second time all the same
-    if tied:
-        foreign.pop("lm_head.weight", None)
-    shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in int4.items()}
-    shapes |= {name: w.shape for name, w in foreign.items()}
-    kinds = dict.fromkeys(shapes, "INT4")
-    for name, (file, kind, shape) in stored.items():
-        if name in parts or name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
-            continue
-        if kind not in _FLOAT_KINDS:
-            raise CheckpointError(f"{file}: {name} is of type {kind}; supported: {', '.join(_FLOAT_KINDS)}")
-        shapes[name], kinds[name] = shape, kind
+    if ours and quantization is not None and not int4:
+        raise CheckpointError(
+            f"{path}: its INT4 weights were saved by transformers (save_pretrained), which reads them; give the "
+            "checkpoint that they were quantized from"
+        )
 
     def tensor(name: str) -> Tensor:
         if name not in stored:
@@ -628,7 +622,29 @@ def _open_directory(path: Path) -> Source:
         with _open_safetensors(stored[name][0]) as f:  # opened anew, so that the pages read before are given back
             return f.get_tensor(name).clone()
 
+    foreign = {} if form is None else _foreign_weights(path, form, stored, tensor)
+    parts = {f"{name}.{part}" for name in int4 for part in ("packed", "scales", "zeros")}
+    parts |= {name for w in foreign.values() for name in w.parts.values()}
+    tied = bool(config.get("tie_word_embeddings"))  # some checkpoints store the head a second time all the same
+    if tied:
+        foreign.pop("lm_head.weight", None)
+    orders = {_order_of(name): w.order for name, w in foreign.items() if w.order is not None}
+    shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in int4.items()}
+    shapes |= {name: w.shape for name, w in foreign.items()}
+    kinds = dict.fromkeys(shapes, "INT4")
+    our_orders = {_order_of(name) for name in int4}
+    for name, (file, kind, shape) in stored.items():
+        if name in parts or name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
+            continue
+        if kind not in _FLOAT_KINDS and name not in our_orders:
+            raise CheckpointError(f"{file}: {name} is of type {kind}; supported: {', '.join(_FLOAT_KINDS)}")
+        shapes[name], kinds[name] = shape, kind
+    shapes |= {name: tuple(order.shape) for name, order in orders.items()}
+    kinds |= dict.fromkeys(orders, "I32")
+
     def read(name: str, dtype: torch.dtype) -> Weight:
+        if name in orders:
+            return orders[name]
         if kinds.get(name) != "INT4":
             return tensor(name)
         zeros = tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None
@@ -657,10 +673,19 @@ def _open_directory(path: Path) -> Source:
 class _ForeignWeight:
     shape: tuple[int, int]  # (N, K)
     parts: dict[str, str]  # what PackedFormat calls it -> the tensor
+    order: Tensor | None  # of its inputs, see Transformer
 
 
-def _foreign_weights(path: Path, form: PackedFormat, stored: Mapping[str, tuple]) -> dict[str, _ForeignWeight]:
-    """The weights stored in another tool's 4-bit format, under Hugging Face's names, from the headers alone."""
+def _order_of(weight: str) -> str:
+    """The tensor that says the order in which a weight's columns meet the inputs."""
+    return weight.removesuffix("weight") + "input_order"
+
+
+def _foreign_weights(
+    path: Path, form: PackedFormat, stored: Mapping[str, tuple], tensor: Callable[[str], Tensor]
+) -> dict[str, _ForeignWeight]:
+    """The weights stored in another tool's 4-bit format, under Hugging Face's names, from the headers and, where the
+    format needs that, from the small tensors that say a weight's shape and the order of its columns."""
     weights = {}
     needed, optional = form.parts
     for name, (_, _, stored_shape) in stored.items():
@@ -671,12 +696,15 @@ def _foreign_weights(path: Path, form: PackedFormat, stored: Mapping[str, tuple]
             raise CheckpointError(f"{path} lacks tensor {stem}.{absent[0]}, which belongs to {name}")
         if f"{stem}.weight" in stored:
             raise CheckpointError(f"{path} has both {name} and {stem}.weight")
+        parts = {part: f"{stem}.{part}" for part in (*needed, *optional) if f"{stem}.{part}" in stored}
         try:
-            shape = form.shape(stored_shape)
+            shape = form.shape(stored_shape, tensor(parts[form.shape_part]) if form.shape_part else None)
+            order = form.input_order(tensor(parts[form.order_part])) if form.order_part in parts else None
+        except CheckpointError:
+            raise
         except ValueError as e:
             raise CheckpointError(f"{path}: {stem}: {e}") from e
-        parts = {part: f"{stem}.{part}" for part in (*needed, *optional) if f"{stem}.{part}" in stored}
-        weights[f"{stem}.weight"] = _ForeignWeight(shape, parts)
+        weights[f"{stem}.weight"] = _ForeignWeight(shape, parts, order)
     return weights
 
 

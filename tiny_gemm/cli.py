@@ -130,8 +130,7 @@ def generate(
         transformer, tokenizer = checkpoint.load(path, device=device, dtype=_pick_dtype(dtype), quantize=quantize)
         token_ids = _encode(tokenizer, texts, system, raw)
         longest = max(map(len, token_ids))
-        config = transformer.config
-        limit = min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+        limit = transformer.config.max_position_embeddings
         if max_new_tokens is None:  # then no more than the model has room for
             params = replace(params, max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, limit - longest)))
         generator = Generator(transformer, tokenizer, max_length=min(longest + params.max_new_tokens, limit))

@@ -8,7 +8,9 @@ One step, for Llama 2/3.x, Mistral, Qwen2.5, Qwen3 and SmolLM2 alike, where x is
                   x = x + down(silu(gate(norm(x))) * up(norm(x)))
     logits = head(norm(x)), float32
 
-A linear weight is an Int4Weight or a 16-bit tensor, each as the checkpoint has it. Names are Hugging Face's.
+A linear weight is an Int4Weight or a 16-bit tensor, each as the checkpoint has it. Names are Hugging Face's. Beside an
+Int4Weight may stand an input order: its columns then are in another order than the layer's inputs, and column i meets
+input order[i]. GPTQ's desc_act and compressed-tensors' actorder need it, whose groups are scattered over K.
 """
 
 import math
@@ -46,7 +48,8 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
-    sliding_window: int | None = None
+    sliding_window: int | None = None  # how many tokens a query sees, itself included
+    sliding_layers: tuple[int, ...] | None = None  # those that have the window; None: all
     activation: str = "silu"
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
@@ -88,11 +91,10 @@ class ModelConfig:
             raise ValueError(
                 f"max_length={max_length} must be 1 to max_position_embeddings={self.max_position_embeddings}"
             )
-        if self.sliding_window and max_length > self.sliding_window:
-            raise ValueError(
-                f"max_length={max_length} exceeds sliding_window={self.sliding_window}: "
-                "windowed attention is not implemented, so the cache may not outgrow the window"
-            )
+
+    def window(self, layer: int) -> int:
+        """How many tokens a query of this layer sees, itself included; 0: all."""
+        return (self.sliding_window or 0) if self.sliding_layers is None or layer in self.sliding_layers else 0
 
     @classmethod
     def from_hf(cls, config: Mapping) -> "ModelConfig":
@@ -115,8 +117,12 @@ class ModelConfig:
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
         window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
-        if kind != "mistral" and "sliding_attention" not in (config.get("layer_types") or ["sliding_attention"]):
-            window = None
+        types = config.get("layer_types")
+        sliding = None  # all
+        if window and types:
+            sliding = tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+        elif window and kind != "mistral":
+            sliding = tuple(range(config.get("max_window_layers", 28), config["num_hidden_layers"]))
         bias = kind == "qwen2" or bool(config.get("attention_bias"))
         eos = config.get("eos_token_id")
         return cls(
@@ -137,6 +143,7 @@ class ModelConfig:
             qk_norm=kind == "qwen3",
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             sliding_window=window,
+            sliding_layers=sliding,
             activation=config.get("hidden_act", "silu"),
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             bos_token_id=config.get("bos_token_id"),
@@ -213,10 +220,27 @@ class KVCache:
         return KVCache(k, v, self.lengths[:batch], self.rope_cos, self.rope_sin)
 
 
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [N, K] and, where its columns are in another order than the inputs, that order: int32 [K], column i of
+    `data` meets input order[i]."""
+
+    data: Tensor | Int4Weight
+    order: Tensor | None = None
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """x [..., K] in the order of the columns."""
+        return x if self.order is None else x.index_select(-1, self.order)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + (0 if self.order is None else self.order.nbytes)
+
+
 class Linear:
     """y = x @ W.T (+ bias) over one weight, or over several that share x and could not be fused into one."""
 
-    def __init__(self, weights: list[Tensor | Int4Weight], biases: list[Tensor] | None = None):
+    def __init__(self, weights: list[Matrix], biases: list[Tensor] | None = None):
         fused = _fuse(weights)
         if biases is None:
             biases = [None] * len(fused)
@@ -225,23 +249,26 @@ class Linear:
         self.parts = list(zip(fused, biases, strict=True))
 
     def __call__(self, x: Tensor) -> Tensor:
-        ys = [ops.linear(x, weight, bias) for weight, bias in self.parts]
+        ys = [ops.linear(weight.inputs(x), weight.data, bias) for weight, bias in self.parts]
         return ys[0] if len(ys) == 1 else torch.cat(ys, dim=-1)
 
 
 class FeedForward:
     """down(silu(gate(x)) * up(x)): fused where the weights are of one kind, three linears otherwise."""
 
-    def __init__(self, gate: Tensor | Int4Weight, up: Tensor | Int4Weight, down: Tensor | Int4Weight):
+    def __init__(self, gate: Matrix, up: Matrix, down: Matrix):
         self.gate, self.up, self.down = gate, up, down
-        self.fused = _kind(gate) == _kind(up) and isinstance(down, Tensor) == isinstance(up, Tensor)
+        self.fused = _alike([gate, up]) and isinstance(down.data, Tensor) == isinstance(up.data, Tensor)
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self.fused and isinstance(self.up, Int4Weight):
-            return ops.int4_gemm(ops.int4_gated_linear(x, self.up, self.gate, activation="silu"), self.down)
-        if self.fused:
-            return ops.fused_ffn(x, self.up.t(), None, self.down.t(), None, self.gate.t(), activation="silu")
-        return ops.linear(F.silu(ops.linear(x, self.gate)) * ops.linear(x, self.up), self.down)
+        gate, up, down = self.gate.data, self.up.data, self.down.data
+        if self.fused and isinstance(up, Int4Weight):
+            h = ops.int4_gated_linear(self.up.inputs(x), up, gate, activation="silu")
+        elif self.fused:
+            return ops.fused_ffn(x, up.t(), None, down.t(), None, gate.t(), activation="silu")
+        else:
+            h = F.silu(ops.linear(self.gate.inputs(x), gate)) * ops.linear(self.up.inputs(x), up)
+        return ops.linear(self.down.inputs(h), down)
 
 
 class Head:
@@ -294,8 +321,9 @@ class Transformer:
     """A model ready to run on the device that its weights are on. `dtype` is that of activations, 16-bit linear weights
     and the KV cache; float32 is the exact mode: all weights, INT4 ones too, are widened to it as they are loaded.
 
-    `weights` maps Hugging Face names to tensors [N, K] or Int4Weights and is emptied, so that each source tensor is
-    freed as soon as it is fused. A missing, surplus or mis-shaped tensor is a ValueError that names it.
+    `weights` maps Hugging Face names to tensors [N, K] or Int4Weights, and x.input_order to the input order, int32 [K],
+    of the Int4Weight x.weight if it has one. It is emptied, so that each source tensor is freed as soon as it is fused.
+    A missing, surplus or mis-shaped tensor is a ValueError that names it.
     """
 
     def __init__(self, config: ModelConfig, weights: MutableMapping[str, Tensor | Int4Weight], dtype: torch.dtype):
@@ -313,17 +341,26 @@ class Transformer:
                 raise ValueError(f"tensor {name} has shape {tuple(w.shape)}, the configuration says {shape}")
             return w
 
-        def linear(name: str, rows: int, columns: int) -> Tensor | Int4Weight:
+        def matrix(name: str, rows: int, columns: int) -> Matrix:
             w = take(f"{name}.weight", rows, columns)
-            if isinstance(w, Int4Weight):
-                return dequantize(w) if dtype == torch.float32 else w
-            return w.to(dtype)
+            order = weights.pop(f"{name}.input_order", None)
+            if order is not None and not isinstance(w, Int4Weight):
+                raise ValueError(f"tensor {name}.input_order belongs to an INT4 weight, but {name}.weight is {w.dtype}")
+            if order is not None and not _is_permutation(order, columns):
+                raise ValueError(f"tensor {name}.input_order must hold each of 0 to {columns - 1} once, as int32")
+            return Matrix(w, order)
+
+        def linear(name: str, rows: int, columns: int) -> Matrix:
+            w = matrix(name, rows, columns)
+            if isinstance(w.data, Tensor):
+                return Matrix(w.data.to(dtype))
+            return Matrix(_widen(w, dtype)) if dtype == torch.float32 else w
 
         def table(name: str) -> Tensor:
-            w = take(name, config.vocab_size, d)
-            if isinstance(w, Int4Weight):
-                return dequantize(w, table_dtype)
-            return w if (w.dtype, dtype) == (torch.bfloat16, torch.bfloat16) else w.to(table_dtype)
+            w = matrix(name, config.vocab_size, d)
+            if isinstance(w.data, Int4Weight):
+                return _widen(w, table_dtype)
+            return w.data if (w.data.dtype, dtype) == (torch.bfloat16, torch.bfloat16) else w.data.to(table_dtype)
 
         def layer(name: str) -> Layer:
             parts = [
@@ -346,15 +383,16 @@ class Transformer:
             )
 
         self.config, self.dtype = config, dtype
-        self.embedding = table("model.embed_tokens.weight")  # [V, d]
+        self.embedding = table("model.embed_tokens")  # [V, d]
         self.device = self.embedding.device
         self.layers = [layer(f"model.layers.{i}") for i in range(config.num_layers)]
         self.norm = take("model.norm.weight", d).float()
         if config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)  # some checkpoints store the tied head a second time
+            weights.pop("lm_head.input_order", None)
             head = self.embedding
         else:
-            head = table("lm_head.weight")
+            head = table("lm_head")
         self.head = Head(head, dtype)
         if weights:
             raise ValueError(f"the model has no place for {len(weights)} tensors, such as {next(iter(weights))}")
@@ -375,7 +413,7 @@ class Transformer:
             q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
             cache.k[i][:, :, :length] = k
             cache.v[i][:, :, :length] = v
-            return ops.fused_attention(q, k, v, causal=True).transpose(1, 2)
+            return ops.fused_attention(q, k, v, causal=True, window=self.config.window(i)).transpose(1, 2)
 
         cache.lengths.copy_(lengths)
         x = self._forward(tokens, attend)
@@ -392,7 +430,8 @@ class Transformer:
         """
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, D]
-            return ops.decode_attention(q, k, v, cache.k[i], cache.v[i], cache.lengths, cache.rope_cos, cache.rope_sin)
+            cached = cache.k[i], cache.v[i], cache.lengths, cache.rope_cos, cache.rope_sin
+            return ops.decode_attention(q, k, v, *cached, window=self.config.window(i))
 
         x = self._forward(tokens, attend)
         cache.lengths.add_(1)
@@ -434,15 +473,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
 
 
-def _kind(weight: Tensor | Int4Weight) -> tuple:
-    """Weights of one kind can be stacked, and share a kernel."""
-    if isinstance(weight, Tensor):
-        return (weight.dtype,)
-    return weight.group_size, weight.scales.dtype, None if weight.zeros is None else weight.zeros.dtype
+def _alike(weights: list[Matrix]) -> bool:
+    """Whether weights that share their inputs can be stacked, and share a kernel."""
+
+    def kind(w: Tensor | Int4Weight) -> tuple:
+        if isinstance(w, Tensor):
+            return (w.dtype,)
+        return w.group_size, w.scales.dtype, None if w.zeros is None else w.zeros.dtype
+
+    orders = [w.order for w in weights if w.order is not None]
+    same_order = not orders or len(orders) == len(weights) and all(torch.equal(orders[0], o) for o in orders)
+    return same_order and len({kind(w.data) for w in weights}) == 1
 
 
-def _fuse(weights: list[Tensor | Int4Weight]) -> list[Tensor | Int4Weight]:
-    """The weights stacked along N if they are of one kind, otherwise as they are."""
-    if len(weights) == 1 or len({_kind(w) for w in weights}) > 1:
+def _fuse(weights: list[Matrix]) -> list[Matrix]:
+    """The weights stacked along N if they are alike, otherwise as they are."""
+    if len(weights) == 1 or not _alike(weights):
         return weights
-    return [torch.cat(weights) if isinstance(weights[0], Tensor) else concat(weights)]
+    parts = [w.data for w in weights]
+    return [Matrix(torch.cat(parts) if isinstance(parts[0], Tensor) else concat(parts), weights[0].order)]
+
+
+def _widen(weight: Matrix, dtype: torch.dtype) -> Tensor:
+    """An Int4Weight as a tensor [N, K], its columns in the order of the inputs."""
+    w = dequantize(weight.data, dtype)
+    return w if weight.order is None else w.index_select(1, weight.order.argsort())
+
+
+def _is_permutation(order: Tensor, length: int) -> bool:
+    return (
+        order.dtype == torch.int32
+        and order.shape == (length,)
+        and bool((order.sort().values == torch.arange(length, device=order.device)).all())
+    )

@@ -1,18 +1,25 @@
-"""4-bit weights as other tools store them: GPTQ, AWQ, and compressed-tensors' pack-quantized. Plain torch.
+"""4-bit weights as other tools store them: GPTQ, AWQ, compressed-tensors' pack-quantized, and HQQ. Plain torch.
 
     form = PackedFormat.from_config(config["quantization_config"])     or a ValueError that says why not
     q, scales, zeros, group_size = form.unpack(parts)                  the tensors of one linear, ready for pack
+    order = form.input_order(parts[form.order_part])                   None, or which input each column of q meets
 
-All three are w = (q - zero) * scale with integers from 0 to 15, so they become an Int4Weight without loss: the integers
-and the scales as they are, and zero points that the scales' own type holds exactly (None where all are 8: symmetric).
-Each stores eight nibbles in an int32, nibble i being bits 4 * i to 4 * i + 3; they differ in what the nibbles are:
+All are w = (q - zero) * scale with integers from 0 to 15, so they become an Int4Weight without loss: the integers, the
+scales and HQQ's real-valued zero points as they are, and integer zero points in the scales' own type, which holds them
+exactly (None where all zero points are 8: symmetric). The first three store eight nibbles in an int32, nibble i being
+bits 4 * i to 4 * i + 3, and HQQ two in a byte:
 
     GPTQ    qweight [K / 8, N]    nibble i of row r is the weight of column 8 * r + i of K
     AWQ     qweight [K, N / 8]    nibble i of column c is the weight of row 8 * c + (0, 2, 4, 6, 1, 3, 5, 7)[i] of N
     compressed-tensors            weight_packed [N, K / 8], nibble i of column c is the weight of column 8 * c + i of K
+    HQQ     W_q [groups / 2, g]   the weights as rows of one group each: the high nibbles are the first half of all rows
+
+GPTQ (desc_act) and compressed-tensors (actorder: group) may quantize columns in the order of their activations: g_idx
+then says the group of each column, and groups are scattered over K. unpack sorts the columns by group, which makes the
+groups contiguous again, and input_order tells where each column came from.
 
 Sources: the packing of qweight and qzeros in AutoGPTQ and GPTQModel (checkpoint_format gptq and gptq_v2), of
-WQLinear_GEMM in AutoAWQ, and of PackedQuantizationCompressor in compressed-tensors.
+WQLinear_GEMM in AutoAWQ, of PackedQuantizationCompressor in compressed-tensors, and of HQQLinear.state_dict in hqq 0.2.
 """
 
 from collections.abc import Mapping
@@ -26,13 +33,20 @@ from tiny_gemm.quantize_utils import GROUP_SIZES, SYMMETRIC_ZERO
 
 Unpacked = tuple[Tensor, Tensor, Tensor | None, int]  # q uint8 [N, K], scales, zeros [N, groups] or None, group size
 
-METHODS = ("gptq", "awq", "compressed-tensors")
+METHODS = ("gptq", "awq", "compressed-tensors", "hqq")
 # Tensors of one linear, under its name: the one that it is known by, others that it must have, and those that it may.
 _PARTS = {
     "gptq": ("qweight", ("qzeros", "scales"), ("g_idx",)),
     "awq": ("qweight", ("qzeros", "scales"), ()),
     "compressed-tensors": ("weight_packed", ("weight_scale", "weight_shape"), ("weight_g_idx",)),
+    "hqq": (  # every setting of a layer is a tensor of its own
+        "W_q",
+        ("scale", "zero", "shape", "nbits", "axis", "group_size", "packing"),
+        ("quant_scale", "quant_zero", "channel_wise", "optimize", "round_zero", "view_as_float", "unpack_view_dtype")
+        + ("compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config"),
+    ),
 }
+_ORDERS = {"gptq": "g_idx", "compressed-tensors": "weight_g_idx"}  # the tensor that holds each column's group
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # the row that each nibble of an int32 holds, of eight
 _INTEGERS = (torch.int32, torch.int64)
 _SCALES = (torch.float16, torch.bfloat16, torch.float32)
@@ -40,7 +54,8 @@ _SCALES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class PackedFormat:
-    """What a quantization_config says. method: one of METHODS. group_size: 32, 64, 128 or -1 (one group a row).
+    """What a quantization_config says. method: one of METHODS. group_size: 32, 64, 128 or -1 (one group a row); None:
+    each linear says its own (HQQ).
 
     zero_offset: what is added to a stored zero point (GPTQ's first format stores one less than it means).
     has_zeros: whether zero points are stored at all. ordered: whether columns were quantized in another order than
@@ -48,7 +63,7 @@ class PackedFormat:
     """
 
     method: str
-    group_size: int
+    group_size: int | None
     zero_offset: int = 0
     has_zeros: bool = True
     ordered: bool = False
@@ -57,6 +72,11 @@ class PackedFormat:
     def from_config(cls, config: Mapping[str, Any]) -> "PackedFormat":
         """Of config.json's quantization_config; ValueError for anything that would not come through without loss."""
         method = config.get("quant_method")
+        if method == "bitsandbytes":
+            raise ValueError(
+                "quant_method='bitsandbytes' is not supported: nf4 and fp4 take their 16 values from a table, which no "
+                "scale and zero point describe, and the rest has 8 bits. Take the 16-bit checkpoint and quantize that"
+            )
         if method not in METHODS:
             raise ValueError(
                 f"quant_method={method!r} is not supported; supported: tiny_gemm, {', '.join(METHODS)}. "
@@ -64,6 +84,8 @@ class PackedFormat:
             )
         if method == "compressed-tensors":
             return cls._from_compressed_tensors(config)
+        if method == "hqq":
+            return cls._from_hqq(config)
         _require(method, "bits", config.get("bits"), 4)
         group_size = config.get("group_size")
         _require(method, "group_size", group_size, *GROUP_SIZES)
@@ -116,6 +138,29 @@ class PackedFormat:
         group_size, has_zeros, ordered = found.pop()
         return cls(method, group_size, has_zeros=has_zeros, ordered=ordered)
 
+    @classmethod
+    def _from_hqq(cls, config: Mapping[str, Any]) -> "PackedFormat":
+        """quant_config is hqq's settings for all linears, or one such object by a linear's name in its layer."""
+        method = "hqq"
+        settings = config.get("quant_config")
+        if not isinstance(settings, dict) or not settings:
+            raise ValueError(f"quant_method={method!r} needs quant_config, a JSON object that is not empty")
+        by_linear = {"": settings} if "weight_quant_params" in settings else settings
+        for name, of_linear in by_linear.items():
+            if of_linear is None:  # this one stays in 16 bits
+                continue
+            at = f"quant_config.{name}".rstrip(".")
+            weights = of_linear.get("weight_quant_params") if isinstance(of_linear, dict) else None
+            if not isinstance(weights, dict):
+                raise ValueError(f"quant_method={method!r}: {at} must say what its weight_quant_params are")
+            _require(method, "nbits", weights.get("nbits"), 4)
+            _check_axis(weights.get("axis"))
+            _require(method, "group_size", weights.get("group_size"), *GROUP_SIZES[:-1], None)
+            _require(method, "channel_wise", weights.get("channel_wise", True), True)
+            for key in ("scale_quant_params", "zero_quant_params"):
+                _require(method, key, of_linear.get(key), None)
+        return cls(method, None)
+
     def linear_of(self, name: str) -> str | None:
         """The linear whose packed integers the tensor `name` holds, or None: a.b.qweight is those of a.b."""
         stem, _, part = name.rpartition(".")
@@ -128,10 +173,22 @@ class PackedFormat:
         zeros = ("weight_zero_point",) if self.method == "compressed-tensors" and self.has_zeros else ()
         return ((first, *needed, *zeros, *optional), ()) if self.ordered else ((first, *needed, *zeros), optional)
 
-    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
-        """(N, K) of the linear whose packed integers have the shape `stored`."""
+    @property
+    def shape_part(self) -> str | None:
+        """The tensor that says a linear's shape, where that of its packed integers does not."""
+        return "shape" if self.method == "hqq" else None
+
+    @property
+    def order_part(self) -> str | None:
+        """The tensor of a linear that input_order takes, if there is one."""
+        return _ORDERS.get(self.method)
+
+    def shape(self, stored: tuple[int, ...], shape: Tensor | None = None) -> tuple[int, int]:
+        """(N, K) of the linear whose packed integers have the shape `stored`; shape: what shape_part names."""
         if len(stored) != 2:
             raise ValueError(f"{_PARTS[self.method][0]} must have two dimensions, got {stored}")
+        if shape is not None:
+            return _pair({"shape": shape}, "shape")
         rows, cols = stored
         return {"gptq": (cols, 8 * rows), "awq": (8 * cols, rows)}.get(self.method, (rows, 8 * cols))
 
@@ -141,28 +198,34 @@ class PackedFormat:
             return unpack_gptq(parts, self.group_size, zero_offset=self.zero_offset)
         if self.method == "awq":
             return unpack_awq(parts, self.group_size)
+        if self.method == "hqq":
+            return unpack_hqq(parts)
         return unpack_compressed_tensors(parts, self.group_size, has_zeros=self.has_zeros)
+
+    def input_order(self, groups: Tensor) -> Tensor | None:
+        """int32 [K]: column i of what unpack returns is column order[i] of the linear's own weight, so that it meets
+        input order[i]. None where all columns are in their places. groups: the tensor that order_part names.
+        """
+        return _input_order(groups, self.order_part, self.group_size)
 
 
 def unpack_gptq(parts: Mapping[str, Tensor], group_size: int, *, zero_offset: int) -> Unpacked:
     """GPTQ: qweight int32 [K / 8, N], qzeros int32 [groups, N / 8], scales [groups, N]; g_idx int [K] if there.
 
     qweight holds eight neighbours along K in an int32, qzeros eight along N, the first in the lowest bits. zero_offset:
-    1 for checkpoint_format gptq, which stores zero - 1, and 0 for gptq_v2. g_idx[k] is the group of column k; where it
-    is another than k // group_size (desc_act), columns would have to change places, with the inputs: ValueError.
+    1 for checkpoint_format gptq, which stores zero - 1, and 0 for gptq_v2. g_idx[k] is the group of column k, by which
+    the columns are sorted.
     """
     qweight = _matrix(parts, "qweight")
     n, k = qweight.shape[1], 8 * qweight.shape[0]
     groups = _groups(k, group_size)
     _expect(parts, "scales", _SCALES, (groups, n))
     _expect(parts, "qzeros", (torch.int32,), (groups, _whole(n, "N") // 8))
-    if "g_idx" in parts:
-        _check_order(parts, "g_idx", k, groups)
     stored = _nibbles(parts["qzeros"]).view(groups, n)
     if zero_offset and bool((stored == 15).any()):
         # Some readers make 16 of it and others 0, some of them with a carry into the next zero.
         raise ValueError("qzeros holds 15, which checkpoint_format='gptq' leaves open (0 or 16); convert it to gptq_v2")
-    q = _nibbles(qweight).view(k // 8, n, 8).transpose(0, 1).reshape(n, k)
+    q = _by_group(_nibbles(qweight).view(k // 8, n, 8).transpose(0, 1).reshape(n, k), parts, "g_idx", group_size)
     return q, *_affine(parts["scales"].T, stored.T + zero_offset), group_size
 
 
@@ -189,22 +252,49 @@ def unpack_compressed_tensors(parts: Mapping[str, Tensor], group_size: int, *, h
     in an int32 and weight_zero_point eight along N, the first in the lowest bits, and both are padded to whole int32s.
     """
     packed = _matrix(parts, "weight_packed")
-    _expect(parts, "weight_shape", _INTEGERS, (2,))
-    n, k = parts["weight_shape"].tolist()
+    n, k = _pair(parts, "weight_shape")
     if n != packed.shape[0] or -(-k // 8) != packed.shape[1]:
         raise ValueError(
             f"weight_packed {tuple(packed.shape)} does not hold weight_shape=({n}, {k}), eight to an int32"
         )
     groups = _groups(k, group_size)
     _expect(parts, "weight_scale", _SCALES, (n, groups))
-    if "weight_g_idx" in parts:
-        _check_order(parts, "weight_g_idx", k, groups)
-    q = _nibbles(packed)[:, :k].contiguous()
+    q = _by_group(_nibbles(packed)[:, :k].contiguous(), parts, "weight_g_idx", group_size)
     if not has_zeros:
         return q, parts["weight_scale"].contiguous(), None, group_size
     _expect(parts, "weight_zero_point", (torch.int32,), (-(-n // 8), groups))
     zeros = _nibbles(parts["weight_zero_point"].T)[:, :n].T
     return q, *_affine(parts["weight_scale"], zeros), group_size
+
+
+def unpack_hqq(parts: Mapping[str, Tensor]) -> Unpacked:
+    """HQQ with axis 1: W_q uint8 [N * K / g / 2, g], scale and zero [N * K / g, 1]; shape = (N, K), group_size = g,
+    nbits = 4, axis = 1 and packing = "4bit_u8" (its characters) are tensors too.
+
+    The weights are cut along K into rows of one group each, and the byte of two weights holds that of the first half of
+    all rows in its high nibble. A W_q of a floating-point type is those bytes all the same (view_as_float).
+    """
+    for name, wanted in (("nbits", 4), ("quant_scale", 0), ("quant_zero", 0), ("channel_wise", 1)):
+        if name in parts:
+            _require("hqq", name, _number(parts, name), wanted)
+    _check_axis(_number(parts, "axis"))
+    packing = "".join(map(chr, parts["packing"].flatten().tolist()))
+    _require("hqq", "packing", packing, "4bit_u8")
+    (n, k), g = _pair(parts, "shape"), _number(parts, "group_size")
+    group_size = -1 if g == k else g
+    rows = n * _groups(k, group_size)
+    packed = parts["W_q"]
+    if packed.dtype in _SCALES:
+        packed = packed.contiguous().view(torch.uint8)
+    if packed.dtype != torch.uint8 or packed.shape != (rows // 2, g) or rows % 2:
+        raise ValueError(
+            f"W_q must hold {rows} groups of {g}, two to a byte, got {parts['W_q'].dtype} {tuple(parts['W_q'].shape)}"
+        )
+    for name in ("scale", "zero"):
+        _expect(parts, name, _SCALES, (rows, 1))
+    q = torch.cat((packed >> 4, packed & 15)).view(n, k)
+    scales, zeros = (parts[name].reshape(n, -1) for name in ("scale", "zero"))
+    return q, scales, None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros, group_size
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -237,15 +327,55 @@ def _whole(size: int, name: str) -> int:
     return size
 
 
-def _check_order(parts: Mapping[str, Tensor], name: str, k: int, groups: int) -> None:
-    _expect(parts, name, _INTEGERS, (k,))
-    wrong = (parts[name] != torch.arange(k) // (k // groups)).nonzero()
-    if len(wrong):
-        at = int(wrong[0])
+def _by_group(q: Tensor, parts: Mapping[str, Tensor], name: str, group_size: int) -> Tensor:
+    """q [N, K] with its columns sorted by the groups in parts[name], if those are there."""
+    if name not in parts:
+        return q
+    _expect(parts, name, _INTEGERS, (q.shape[1],))
+    order = _input_order(parts[name], name, group_size)
+    return q if order is None else q[:, order.long()]
+
+
+def _input_order(groups: Tensor, name: str, group_size: int) -> Tensor | None:
+    """The columns sorted by their group, int32 [K], or None where they are so already; groups: int [K]."""
+    if groups.dtype not in _INTEGERS or groups.dim() != 1 or not len(groups):
+        raise ValueError(f"{name} must hold an integer for each column, got {groups.dtype} {tuple(groups.shape)}")
+    k = len(groups)
+    count = _groups(k, group_size)
+    size = k // count
+    sizes = dict(zip(*(t.tolist() for t in groups.unique(return_counts=True)), strict=True))
+    for group in sorted({*sizes, *range(count)}):
+        found, wanted = sizes.get(group, 0), size if 0 <= group < count else 0
+        if found != wanted:
+            raise ValueError(
+                f"{name} names group {group} {found} times, but must name each of 0 to {count - 1} {size} times"
+            )
+    if bool((groups == torch.arange(k) // size).all()):
+        return None
+    return groups.argsort(stable=True).int()
+
+
+def _check_axis(axis: Any) -> None:
+    if type(axis) is not int or axis != 1:
         raise ValueError(
-            f"{name}[{at}]={int(parts[name][at])} must be {at // (k // groups)}: columns in the order of their "
-            "activations (desc_act, actorder) are not supported"
+            f"quant_method='hqq' is not supported with axis={axis!r}; supported: 1. Groups of axis 0 run along N, but "
+            "those of an Int4Weight along K: quantize again with axis=1"
         )
+
+
+def _number(parts: Mapping[str, Tensor], name: str) -> int:
+    t = parts[name]
+    if t.dtype not in (torch.uint8, *_INTEGERS) or t.numel() != 1:
+        raise ValueError(f"{name} must hold one integer, got {t.dtype} {tuple(t.shape)}")
+    return int(t)
+
+
+def _pair(parts: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    _expect(parts, name, _INTEGERS, (2,))
+    n, k = parts[name].tolist()
+    if min(n, k) < 1:
+        raise ValueError(f"{name}=({n}, {k}) must hold two positive integers")
+    return n, k
 
 
 def _matrix(parts: Mapping[str, Tensor], name: str) -> Tensor:

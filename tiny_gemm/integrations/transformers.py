@@ -122,6 +122,15 @@ class TinyGemmConfig(QuantizationConfigMixin):
         self.symmetric = symmetric
         self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
 
+    @classmethod
+    def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
+        if "format_version" not in config_dict:  # which save_pretrained always writes
+            raise ValueError(
+                "a directory that `tiny-gemm quantize` wrote is read by tiny_gemm.checkpoint.load; for transformers, "
+                "quantize with TinyGemmConfig and save_pretrained"
+            )
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
 
 @register_quantizer(NAME)
 class TinyGemmQuantizer(HfQuantizer):
