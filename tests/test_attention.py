@@ -93,6 +93,64 @@ def test_matches_oracle_on_gpu(poisoned, case):
     assert_close(out, fused_attention_ref(q, k, v, causal=case.causal))
 
 
+OPTION_CASES = {  # case, window, softcap, dtype of the sinks
+    "window_of_tiles_14_2": (Case(14, 2, 150, 150), 75, 0.0, None),
+    "window_chunked_prefill": (Case(8, 2, 19, 300, D=128), 130, 0.0, None),
+    "softcap_full_head_80": (Case(4, 2, 33, 45, D=80, causal=False), 0, 5.0, None),
+    "sinks_full": (Case(9, 3, 17, 70, causal=False, batch=2), 0, 0.0, torch.float16),
+    "all_14_2_head_128": (Case(14, 2, 300, 330, D=128), 40, 2.0, torch.float32),
+}
+MORE_OPTION_CASES = {
+    "window_1": (Case(4, 2, 40, 40), 1, 0.0, None),
+    "window_in_a_tile": (Case(10, 2, 45, 45, batch=2), 5, 0.0, None),
+    "window_of_all_keys": (Case(2, 2, 30, 50), 50, 0.0, None),
+    "window_of_one_token": (Case(4, 2, 1, 500), 200, 0.0, None),
+    "window_rows_without_keys": (Case(2, 2, 130, 70), 33, 0.0, torch.float32),
+    "sinks_head_80": (Case(4, 2, 33, 45, D=80), 0, 0.0, torch.bfloat16),
+    "all_head_80": (Case(4, 1, 270, 600, D=80, batch=2), 140, 2.0, torch.bfloat16),
+}
+
+
+def parametrize_options(cases):
+    return pytest.mark.parametrize(("case", "window", "softcap", "sinks"), cases.values(), ids=cases.keys())
+
+
+def with_options(case, window, softcap, sink_dtype, device):
+    """Keyword arguments; sinks from far below to far above the scores."""
+    sinks = None if sink_dtype is None else torch.linspace(-30, 8, case.heads).to(device, sink_dtype)
+    return {"causal": case.causal, "window": window, "softcap": softcap, "sinks": sinks}
+
+
+@parametrize_options(OPTION_CASES)
+def test_window_softcap_and_sinks(implementation, case, window, softcap, sinks):
+    fused_attention, device = implementation
+    options = with_options(case, window, softcap, sinks, device)
+    q, k, v = make_qkv(case, torch.bfloat16, device)
+    q *= 2  # so that a cap bends the scores
+    expected = fused_attention_ref(q, k, v, **options)
+    if window:  # tiles before all windows are not read
+        first = max(case.Lk - case.Lq + 1 - window, 0)
+        k[:, :, : first // 64 * 64] = v[:, :, : first // 64 * 64] = float("nan")
+    assert_close(fused_attention(q, k, v, **options), expected)
+
+
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("interpreter", marks=pytest.mark.interp), "cpu"], indirect=True
+)
+@parametrize_options(MORE_OPTION_CASES)
+def test_window_softcap_and_sinks_without_a_gpu(implementation, case, window, softcap, sinks):
+    test_window_softcap_and_sinks(implementation, case, window, softcap, sinks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_window_softcap_and_sinks_in_other_dtypes(implementation, dtype):
+    fused_attention, device = implementation
+    case = Case(6, 2, 21, 70)
+    options = with_options(case, 19, 20.0, torch.float32, device)
+    q, k, v = make_qkv(case, dtype, device)
+    assert_close(fused_attention(q, k, v, **options), fused_attention_ref(q, k, v, **options))
+
+
 def test_float32_is_exact(implementation):
     fused_attention, device = implementation
     q, k, v = make_qkv(Case(6, 2, 20, 33, D=80), torch.float32, device)
@@ -172,38 +230,38 @@ def test_philox_is_tritons(device, seed):
 
 
 AOT_CASES = [
-    *[(target, 128, 4096, False) for target in aot.TARGETS],
-    *[(target, 64, 4096, False) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
-    ("sm_80", 96, 4096, False),
-    ("sm_90", 256, 4096, False),
-    ("sm_90", 128, 64, False),
-    ("gfx942", 128, 16, False),
-    ("sm_80", 64, 4096, True),
+    *[(target, 128, 4096, "") for target in aot.TARGETS],
+    *[(target, 64, 4096, "") for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+    ("sm_80", 96, 4096, ""),
+    ("sm_90", 256, 4096, ""),
+    ("sm_90", 128, 64, ""),
+    ("gfx942", 128, 16, ""),
+    ("sm_80", 64, 4096, "dropout"),
+    *[(target, 128, 4096, "window softcap sinks") for target in aot.TARGETS],
+    ("sm_90", 64, 4096, "window softcap sinks"),
+    ("sm_90", 256, 4096, "window softcap sinks"),
 ]
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("target, D, rows, dropout", AOT_CASES)
-def test_compiles_for(target, D, rows, dropout):
-    config = attention.pick_config(rows, D, 2, dropout, aot.device_facts(target))
+@pytest.mark.parametrize("target, D, rows, options", AOT_CASES)
+def test_compiles_for(target, D, rows, options):
+    facts, dropout = aot.device_facts(target), "dropout" in options
+    config = attention.pick_config(rows, D, 2, dropout, facts)
+    window, softcap = 1024 * ("window" in options), 50.0 * ("softcap" in options)
+    launcher = attention._launcher(config, True, window, softcap, dropout, 4, D, facts)
     signature = {"scale_log2": "fp32", "dropout_p": "fp32", "seed": "i32", "Lq": "i32", "Lk": "i32"}
     for name in attention._fused_attention_kernel.arg_names:
         if name.endswith("_ptr"):
             signature[name] = "*bf16"
         elif name.startswith("stride_"):
             signature[name] = "i32"
-    constants = {"CAUSAL": True, "HAS_DROPOUT": dropout, "G": 4, "D": D, "BLOCK_D": triton.next_power_of_2(D)}
-    constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
-    compiled = aot.compile_kernel(
-        attention._fused_attention_kernel,
-        target,
-        signature,
-        constants,
-        unaligned=("Lq", "Lk", "seed"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    signature["sinks_ptr"] = "*bf16" if "sinks" in options else None
+    unaligned = "Lq", "Lk", "seed"
+    compiled = aot.compile_launch(launcher, target, signature, unaligned=unaligned, num_stages=config.num_stages)
     aot.check(compiled)
+    if target.startswith("sm_") and facts.has_pdl:
+        assert compiled.assembly.index("ACQBULK") < compiled.assembly.index("LDG"), "nothing is read before the wait"
 
 
 def test_config_is_pure_and_small():

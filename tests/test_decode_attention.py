@@ -13,7 +13,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tiny_gemm import device as device_module
 from tiny_gemm import ops
-from tiny_gemm.reference import decode_attention_ref
+from tiny_gemm.reference import decode_attention_ref, rotate_half
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
@@ -134,6 +134,48 @@ def test_float32_is_exact(implementation):
     check_against_oracle(decode_attention, make_inputs(Case(5, 1, 60, (40, 59)), torch.float32, device), scale=0.3)
 
 
+FEATURES = {  # window, softcap, sinks
+    "window": (70, 0.0, False),
+    "window_of_one": (1, 0.0, False),
+    "window_past_the_cache": (1000, 0.0, False),
+    "softcap": (0, 2.0, False),
+    "sinks": (0, 0.0, True),
+    "all": (100, 5.0, True),
+}
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
+@pytest.mark.parametrize(
+    "case", [Case(14, 2, 150, (0, 69, 149, 150)), Case(4, 2, 300, (290,), D=128)], ids=["ragged", "long"]
+)
+def test_window_softcap_sinks_and_lse(implementation, case, features):
+    decode_attention, device = implementation
+    inputs = make_inputs(case, torch.bfloat16, device)
+    window, softcap, with_sinks = features
+    sinks = torch.linspace(-3, 6, case.heads, device=device) if with_sinks else None
+    arguments = {"window": window, "softcap": softcap, "sinks": sinks}
+    check_against_oracle(decode_attention, inputs, **arguments)
+    lse = torch.full((len(case.lengths), case.heads), float("nan"), device=device)
+    assert_close(run(decode_attention, inputs, lse=lse, **arguments)[0], decode_attention_ref(*inputs, **arguments)[0])
+    assert (lse - lse_ref(inputs, **arguments)).abs().max() < 2e-2
+
+
+def lse_ref(inputs, window, softcap, sinks):
+    """The natural logarithm of the softmax's denominator, [B, Hq]."""
+    q, k, v, k_cache, v_cache, lengths, cos, sin = inputs
+    _, k_cache, _ = decode_attention_ref(*inputs)
+    rows = []
+    for b, length in enumerate(lengths.tolist()):
+        position = min(length, k_cache.shape[2] - 1)
+        q_row = rotate_half(q[b].double(), cos[position].double(), sin[position].double())
+        begin = max(position + 1 - window, 0) if window else 0
+        keys = k_cache[b, :, begin : position + 1].double().repeat_interleave(q.shape[1] // k.shape[1], 0)
+        scores = (keys @ q_row[:, :, None])[..., 0] * q.shape[2] ** -0.5
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        rows.append(torch.cat([scores] + ([sinks.double()[:, None]] if sinks is not None else []), -1).logsumexp(-1))
+    return torch.stack(rows)
+
+
 def test_views_of_a_qkv_row_and_of_a_layered_cache(implementation):
     decode_attention, device = implementation
     case = Case(6, 2, 50, (20, 49))
@@ -198,7 +240,7 @@ def test_steps_follow_one_another(implementation):
 
 @pytest.mark.gpu
 def test_cuda_graph_replays():
-    """100 replays give the same bits, and a replay reads the lengths of its own time from the device."""
+    """1,000 replays give the same bits, and a replay reads the lengths of its own time from the device."""
     case = Case(14, 2, 1024, (900, 3, 511, 64), D=128)
     inputs = make_inputs(case, torch.bfloat16, "cuda")
     lengths = inputs[5]
@@ -208,7 +250,7 @@ def test_cuda_graph_replays():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             out = ops.decode_attention(*inputs)
-        for _ in range(100):
+        for _ in range(1000):
             out.fill_(float("nan"))
             graph.replay()
             assert torch.equal(out, expected)
@@ -260,16 +302,27 @@ AOT_CASES = [  # target, head size, KV heads, group, length of the cache
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiles_with_window_softcap_sinks_and_lse_for(target):
+    facts = aot.device_facts(target)
+    launcher = decode._launcher(decode.pick_config(8, 4096, 128, 2, facts), 64, 4, 128, 2, 1024, 50.0, facts)
+    aot.check(aot.compile_launch(launcher, target, signature_of(launcher, lse_ptr="*fp32"), unaligned=("Lmax",)))
+
+
+def signature_of(launcher, **more):
+    known = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"} | more
+    known |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
+    names = [name for name in launcher.kernel.arg_names if name not in launcher.meta]
+    return {name: known.get(name, "i32" if name.startswith("stride_") else "*bf16") for name in names}
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("target, D, kv_heads, group, Lmax", AOT_CASES)
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, D // 2, group, D, 2, facts)
-    signature = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"}
-    signature |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
-    for name in launcher.kernel.arg_names:
-        if name not in launcher.meta:
-            signature.setdefault(name, "i32" if name.startswith("stride_") else "*bf16")
+    launcher = decode._launcher(config, D // 2, group, D, 2, 0, 0.0, facts)
+    signature = signature_of(launcher, lse_ptr=None, sinks_ptr=None)
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
     aot.check(compiled, may_spill=D == 256)
     assert compiled.spills < 1000

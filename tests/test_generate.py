@@ -20,6 +20,7 @@ from tiny_gemm.generate import (
     _splitmix,
     candidates,
     gumbel_noise,
+    largest,
     penalize,
     sample,
 )
@@ -139,6 +140,19 @@ def test_samples_follow_the_distribution(temperature):
     p = (logits.double() / temperature).softmax(0)
     frequencies = torch.bincount(tokens, minlength=5) / rows
     assert ((frequencies - p).abs() < 4.5 * (p * (1 - p) / rows).sqrt()).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("vocab", [64, 49152, 50000, 128256])
+def test_the_largest_logit_is_found_in_parts(vocab):
+    logits = torch.randn(8, vocab, device="cuda")
+    logits[1, vocab - 1], logits[2, 0] = 100, math.inf
+    logits[3, vocab // 2 :] = math.nan
+    top, tokens = largest(logits)
+    expected, expected_tokens = logits.cpu().max(dim=-1)
+    assert torch.equal(top.cpu().nan_to_num(-1.0), expected.nan_to_num(-1.0))
+    finite = expected.isfinite()
+    assert torch.equal(tokens.cpu()[finite], expected_tokens[finite])
 
 
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow():

@@ -107,14 +107,14 @@ def attention_case(heads, kv_heads, length, kv_length, d, causal):
     return Case(ops.fused_attention, reference.fused_attention_ref, make, batched=(0, 1, 2))
 
 
-def decode_case(heads, kv_heads, d, max_length):
+def decode_case(heads, kv_heads, d, max_length, **features):
     def make(rows, dtype):
         row = randn(rows, heads + 2 * kv_heads, d, seed=1, dtype=dtype)
         q, k, v = row.split((heads, kv_heads, kv_heads), dim=1)
         caches = [randn(rows, kv_heads, max_length, d, seed=s, dtype=dtype) for s in (2, 3)]
         lengths = torch.tensor([(37 * r + max_length // 2) % max_length for r in range(rows)], dtype=torch.int32)
         angles = torch.outer(torch.arange(max_length), 1e4 ** -(torch.arange(d // 2) / (d // 2)))
-        return (q, k, v, *caches, lengths, angles.cos(), angles.sin()), {}
+        return (q, k, v, *caches, lengths, angles.cos(), angles.sin()), features
 
     oracle = lambda *args, **kwargs: reference.decode_attention_ref(*args, **kwargs)[0]  # noqa: E731
     return Case(ops.decode_attention, oracle, make, batched=(0, 1, 2, 3, 4, 5), mutated=(3, 4))
@@ -139,6 +139,7 @@ CASES = {
     "fused_attention": attention_case(9, 3, 37, 41, 64, True),
     "fused_attention-decode": attention_case(14, 2, 1, 100, 80, False),
     "decode_attention": decode_case(9, 3, 64, 200),
+    "decode_attention-features": decode_case(4, 2, 64, 90, window=50, softcap=4.0, sinks=torch.ones(4)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 every_device = pytest.mark.parametrize("device", DEVICES)
@@ -150,7 +151,7 @@ def to(value, device):
 
 def arguments(case, rows, dtype, device):
     args, kwargs = case.make(rows, dtype)
-    return tuple(to(a, device) for a in args), kwargs
+    return tuple(to(a, device) for a in args), {name: to(value, device) for name, value in kwargs.items()}
 
 
 def fresh(case, args):
@@ -411,10 +412,23 @@ def test_the_ops_by_their_founding_names():
     assert_close(out, reference.fused_attention_ref(q, k, k, causal=True))
 
 
+@every_device
+def test_attention_options_in_torch(device):
+    """opcheck and torch.compile with a window, soft capping and sinks; outside of them, a Parameter for sinks."""
+    q, k, v = (randn(2, h, 9, 64, seed=h).to(device) for h in (4, 2, 2))
+    sinks = torch.nn.Parameter(randn(4).to(device), requires_grad=False)
+    options = {"causal": True, "window": 3, "softcap": 5.0, "sinks": sinks.data}
+    torch.library.opcheck(torch.ops.tiny_gemm.fused_attention.default, (q, k, v), options, rtol=1e-4, atol=1e-4)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.fused_attention, fullgraph=True)(q, k, v, **options)
+    assert torch.equal(compiled, ops.fused_attention(q, k, v, **options | {"sinks": sinks, "window": np.int64(3)}))
+
+
 X, W = randn(2, 128), quantize(randn(32, 128))
 Q, K = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
 D3, KV3, CACHE = randn(2, 4, 64), randn(2, 2, 64), randn(2, 2, 16, 64)
 LENGTHS = torch.zeros(2, dtype=torch.int32)
+DECODE = D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS
 MISTAKES = {
     "grad": (lambda: ops.int4_gemm(X.clone().requires_grad_(), W), ValueError, "requires grad"),
     "grad-weight": (lambda: ops.rms_norm(X, torch.nn.Parameter(randn(128))), ValueError, "weight requires grad"),
@@ -444,6 +458,29 @@ MISTAKES = {
     ),
     "head-size": (lambda: ops.fused_attention(Q[..., :48], K[..., :48], K[..., :48]), ValueError, "head size 48"),
     "dropout": (lambda: ops.fused_attention(Q, K, K, dropout_p=1.0), ValueError, "dropout_p=1.0"),
+    "attention-window": (lambda: ops.fused_attention(Q, K, K, causal=True, window=-1), ValueError, "window=-1 must be"),
+    "attention-window-full": (lambda: ops.fused_attention(Q, K, K, window=4), ValueError, "window=4 needs causal=True"),
+    "attention-softcap": (
+        lambda: ops.fused_attention(Q, K, K, softcap=-1.0),
+        ValueError,
+        "softcap=-1.0 must be 0",
+    ),
+    "attention-softcap-nan": (
+        lambda: ops.fused_attention(Q, K, K, softcap=float("nan")),
+        ValueError,
+        "softcap=nan must be",
+    ),
+    "attention-sinks": (lambda: ops.fused_attention(Q, K, K, sinks=randn(2)), ValueError, r"sinks has shape \(2,\)"),
+    "attention-sinks-device": (
+        lambda: ops.fused_attention(Q, K, K, sinks=randn(4).to("meta")),
+        ValueError,
+        "one device",
+    ),
+    "attention-sinks-dtype": (
+        lambda: ops.fused_attention(Q, K, K, sinks=randn(4).double()),
+        TypeError,
+        "sinks is torch.float64",
+    ),
     "batch": (lambda: ops.fused_attention(Q, K.repeat(2, 1, 1, 1), K), ValueError, "k has shape"),
     "dtypes": (lambda: ops.fused_attention(Q, K.half(), K), TypeError, "k is torch.float16"),
     "no-sequence": (lambda: ops.fused_attention(Q[:0], K[:0], K[:0]), ValueError, "batch 0"),
@@ -483,6 +520,19 @@ MISTAKES = {
         lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS, *[randn(32, 32)[::2]] * 2),
         ValueError,
         "rope_cos has strides",
+    ),
+    "window": (lambda: ops.decode_attention(*DECODE, window=-1), ValueError, "window=-1"),
+    "softcap": (lambda: ops.decode_attention(*DECODE, softcap=float("nan")), ValueError, "softcap=nan"),
+    "sinks": (lambda: ops.decode_attention(*DECODE, sinks=torch.ones(3)), ValueError, "sinks has shape"),
+    "sinks-dtype": (
+        lambda: ops.decode_attention(*DECODE, sinks=torch.ones(D3.shape[1], dtype=torch.int32)),
+        TypeError,
+        "sinks is torch.int32",
+    ),
+    "lse": (
+        lambda: ops.decode_attention(*DECODE, lse=torch.empty(D3.shape[:2], dtype=torch.float64)),
+        TypeError,
+        "lse is torch.float64",
     ),
     "cache": (
         lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE[:, :, :8], LENGTHS),

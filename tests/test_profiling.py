@@ -445,21 +445,27 @@ def test_declared_costs_of_the_kernels():
     q, k = torch.zeros(1, 4, 3, 64, dtype=torch.float16), torch.zeros(1, 2, 5, 64, dtype=torch.float16)
     seen = {True: 3 + 4 + 5, False: 15}  # bottom-right: query i sees i + 3 keys
     for causal in (False, True):
-        args = dict(q_ptr=q, k_ptr=k, v_ptr=k, out_ptr=q, Lq=3, Lk=5, CAUSAL=causal, D=64)
+        args = dict(q_ptr=q, k_ptr=k, v_ptr=k, sinks_ptr=None, out_ptr=q, Lq=3, Lk=5, CAUSAL=causal, WINDOW=0, D=64)
         cost = attention._fused_attention_cost((1, 2, 1), None, args)
         assert cost == {"bytes": 2 * 2 * (4 * 3 + 2 * 5) * 64, "flops16": 4 * 4 * seen[causal] * 64}
-    more_queries = dict(q_ptr=k, k_ptr=q, v_ptr=q, out_ptr=k, Lq=5, Lk=3, CAUSAL=True, D=64)
+    more_queries = args | dict(q_ptr=k, k_ptr=q, v_ptr=q, out_ptr=k, Lq=5, Lk=3)
     assert attention._fused_attention_cost((1,), None, more_queries)["flops16"] == 4 * 2 * 6 * 64
+    windowed = attention._fused_attention_cost((1,), None, args | dict(WINDOW=2, sinks_ptr=torch.zeros(4)))
+    assert windowed == {"bytes": 2 * 2 * (4 * 3 + 2 * 4) * 64 + 16, "flops16": 4 * 4 * (2 + 2 + 2) * 64}
+    assert attention._fused_attention_cost((1,), None, more_queries | dict(WINDOW=2))["flops16"] == 4 * 2 * 5 * 64
 
     lengths = torch.tensor([10, 100, -1], dtype=torch.int32)
     token, cache = torch.zeros(3, 2, 64, dtype=torch.float16), torch.zeros(3, 2, 100, 64, dtype=torch.float16)
     args = dict(q_ptr=torch.zeros(3, 4, 64, dtype=torch.float16), k_ptr=token, v_ptr=token, k_cache_ptr=cache)
     args |= dict(lengths_ptr=lengths, out_ptr=torch.zeros(3, 4, 64, dtype=torch.float16), Lmax=100, ROPE_HALF=32, D=64)
+    args |= dict(sinks_ptr=None, lse_ptr=None, WINDOW=0)
     row = 2 * 2 * 64 * 2
     assert decode_attention._decode_attention_cost((1, 2, 3), None, args) == {
         "bytes": 2 * 3 * (4 + 2 + 2 + 4) * 64 + 12 + 3 * 2 * 32 * 4 + 2 * row + 110 * row,
         "flops16": 4 * 4 * (11 + 100 + 1) * 64,
     }
+    windowed = decode_attention._decode_attention_cost((1, 2, 3), None, args | dict(WINDOW=30))
+    assert windowed["flops16"] == 4 * 4 * (11 + 30 + 1) * 64
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

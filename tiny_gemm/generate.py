@@ -130,7 +130,7 @@ class Generator:
         config = model.config
         self.model, self.tokenizer = model, tokenizer
         if max_length is None:
-            max_length = min(2048, config.max_position_embeddings, config.sliding_window or 2048)
+            max_length = min(2048, config.max_position_embeddings)
         config.check_cache_length(max_length)
         self.max_length = max_length
         self.run_ahead = int(model.device.type == "cuda") if run_ahead is None else run_ahead
@@ -422,11 +422,22 @@ def sample(
     if params.repetition_penalty != 1.0:
         logits = penalize(logits, seen, params.repetition_penalty)
     if params.temperature == 0.0:
-        top, tokens = logits.max(dim=-1)
+        top, tokens = largest(logits)
         return tokens, top.isfinite()
     top, weights, ids = candidates(logits, params)
     winner = (weights + gumbel_noise(seeds, step, ids)).argmax(dim=-1, keepdim=True)
     return ids.expand_as(weights).gather(-1, winner).squeeze(-1), top.isfinite().squeeze(-1)
+
+
+def largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(value, index) of the largest of each row [B, V]; on a GPU in two steps, since torch gives a row to one block."""
+    batch, vocab = logits.shape
+    parts = 64
+    if not logits.is_cuda or vocab % parts:
+        return logits.max(dim=-1)
+    tops, tokens = logits.view(batch, parts, -1).max(dim=-1)  # [B, parts]
+    top, part = tops.max(dim=-1, keepdim=True)
+    return top.squeeze(-1), torch.add(tokens.gather(-1, part), part, alpha=vocab // parts).squeeze(-1)
 
 
 def penalize(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

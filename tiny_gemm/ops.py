@@ -675,6 +675,9 @@ def fused_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """softmax(q @ k.T * scale) @ v in one launch, with grouped-query heads and without materialising the scores.
 
@@ -683,15 +686,20 @@ def fused_attention(
     decoding against a cache needs; a query that sees no key gives zeros. scale: default D ** -0.5.
     dropout_p: probabilities are dropped and the rest scaled by 1 / (1 - p), as torch does; the mask is
     reference.philox_uniform of (seed, element), the same on every device.
+    window: 0, or, with causal, how many of its keys a query sees: the last ones, its own included; the others are not
+    read. softcap: 0, or scores become softcap * tanh(score / softcap). sinks: [Hq], bfloat16, float16 or float32, a
+    score of each head that joins every row's softmax and that no value belongs to; neither scaled nor capped.
     Returns [B, Hq, Lq, D] in q's dtype, laid out as [B, Lq, Hq, D] so that the output projection needs no copy.
     """
     op = torch.ops.tiny_gemm.fused_attention
-    if _is_plain(q, k, v):
+    if _is_plain(q, k, v, optional=(sinks,)):
         op = _fused_attention_cuda if q.is_cuda else _fused_attention_cpu
         # What the dispatcher would do with numbers of numpy's and tensors of one element.
         causal, dropout_p, seed = bool(causal), float(dropout_p), int(seed)
         scale = None if scale is None else float(scale)
-    return op(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+        window, softcap = int(window), float(softcap)
+    more = {"dropout_p": dropout_p, "seed": seed, "window": window, "softcap": softcap, "sinks": sinks}
+    return op(q, k, v, causal=causal, scale=scale, **more)
 
 
 def _check_heads(op: str, q_heads: int, kv_heads: int, head_size: int) -> None:
@@ -701,9 +709,20 @@ def _check_heads(op: str, q_heads: int, kv_heads: int, head_size: int) -> None:
         raise ValueError(f"{op}: head size {head_size} must be one of {HEAD_SIZES}")
 
 
-def _check_fused_attention(q, k, v, dropout_p) -> None:
+def _check_scores(op: str, q_heads: int, window: int, softcap: float, sinks: Tensor | None) -> None:
+    if window < 0:
+        raise ValueError(f"{op}: window={window} must be 0 (none) or how many keys a query sees")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"{op}: softcap={softcap} must be 0 (none) or a finite number above")
+    if sinks is not None:
+        _check_shape(op, "sinks", sinks, (q_heads,))
+        if sinks.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: sinks is {sinks.dtype}, it must be bfloat16, float16 or float32")
+
+
+def _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks) -> None:
     op = "fused_attention"
-    _check_tensors(op, q, {"k": k, "v": v}, same_dtype=("k", "v"))
+    _check_tensors(op, q, {"k": k, "v": v, "sinks": sinks}, same_dtype=("k", "v"))
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f"{op}: q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions, they must be [B, H, L, D]")
     b, q_heads, _, d = q.shape
@@ -714,6 +733,9 @@ def _check_fused_attention(q, k, v, dropout_p) -> None:
         raise ValueError(f"{op}: batch {b}, Lq={q.shape[2]}, Lk={k.shape[2]} must be positive")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{op}: dropout_p={dropout_p} must be at least 0 and below 1")
+    if window and not causal:
+        raise ValueError(f"{op}: window={window} needs causal=True: it counts back from a query's own key")
+    _check_scores(op, q_heads, window, softcap, sinks)
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
             raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
@@ -724,19 +746,25 @@ def _attention_output(q: Tensor) -> Tensor:
     return q.new_empty((b, length, heads, d)).transpose(1, 2)
 
 
-def _fused_attention_fake(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
-    _check_fused_attention(q, k, v, dropout_p)
+def _fused_attention_fake(
+    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
+):
+    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
     return _attention_output(q)
 
 
-def _fused_attention_cpu(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
-    _check_fused_attention(q, k, v, dropout_p)
+def _fused_attention_cpu(
+    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
+):
+    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
     b, q_heads, lq, d = q.shape
     kv_heads, lk = k.shape[1:3]
     out = _attention_output(q)
     if dropout_p:
-        y = reference.fused_attention_ref(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
-        return out.copy_(y)
+        more = {"dropout_p": dropout_p, "seed": seed, "window": window, "softcap": softcap, "sinks": sinks}
+        return out.copy_(reference.fused_attention_ref(q, k, v, causal=causal, scale=scale, **more))
+    if window or softcap or sinks is not None:
+        return _attend_in_chunks(out, q, k, v, causal, d**-0.5 if scale is None else scale, window, softcap, sinks)
     # The query heads of a group become further rows of one head, so that K and V are not repeated.
     rows = q.reshape(b, kv_heads, q_heads // kv_heads * lq, d)
     mask = None
@@ -748,14 +776,46 @@ def _fused_attention_cpu(q, k, v, *, causal=False, scale=None, dropout_p=0.0, se
     return out.copy_(y.reshape(b, q_heads, lq, d))
 
 
-def _fused_attention_cuda(q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0):
-    _check_fused_attention(q, k, v, dropout_p)
-    return _kernels().attention.fused_attention(q, k, v, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+_QUERIES_AT_ONCE = 256  # they bound the scores that are in memory
+
+
+def _attend_in_chunks(out, q, k, v, causal, scale, window, softcap, sinks) -> Tensor:
+    """What torch's scaled_dot_product_attention does not compute, in float32: a few queries at a time, their keys."""
+    (b, q_heads, lq, d), (kv_heads, lk) = q.shape, k.shape[1:3]
+    for i in range(0, lq, _QUERIES_AT_ONCE):
+        n = min(_QUERIES_AT_ONCE, lq - i)
+        last = i + lk - lq  # the last key that the first of these queries sees, if causal
+        begin = max(last + 1 - window, 0) if window else 0
+        end = min(max(last + n, 0), lk) if causal else lk
+        rows = b, kv_heads, q_heads // kv_heads * n  # a group's heads share a KV head
+        scores = (q[:, :, i : i + n].float() * scale).reshape(*rows, d) @ k[:, :, begin:end].float().mT
+        scores = scores.view(b, q_heads, n, end - begin)
+        if softcap:
+            scores.div_(softcap).tanh_().mul_(softcap)
+        if causal:
+            seen = torch.ones(n, end - begin, dtype=torch.bool, device=q.device).tril(last - begin)
+            seen = seen.triu(last - begin - window + 1) if window else seen
+            scores.masked_fill_(~seen, -math.inf)
+        if sinks is not None:
+            scores = torch.cat((scores, sinks.float()[:, None, None].expand(b, -1, n, 1)), dim=-1)
+        p = scores.softmax(-1)[..., : end - begin]
+        if causal:
+            p = p.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+        out[:, :, i : i + n] = (p.reshape(*rows, end - begin) @ v[:, :, begin:end].float()).view(b, q_heads, n, d)
+    return out
+
+
+def _fused_attention_cuda(
+    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
+):
+    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
+    more = {"dropout_p": dropout_p, "seed": seed, "window": window, "softcap": softcap, "sinks": sinks}
+    return _kernels().attention.fused_attention(q, k, v, causal=causal, scale=scale, **more)
 
 
 _register(
     "fused_attention(Tensor q, Tensor k, Tensor v, *, bool causal=False, float? scale=None, float dropout_p=0.0,"
-    " int seed=0) -> Tensor",
+    " int seed=0, int window=0, float softcap=0.0, Tensor? sinks=None) -> Tensor",
     fake=_fused_attention_fake,
     cpu=_fused_attention_cpu,
     cuda=_fused_attention_cuda,
@@ -778,6 +838,10 @@ def decode_attention(
     rope_sin: Tensor | None = None,
     *,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """One decode step of attention in one launch: RoPE on q and k, append to the cache, attention over the cache.
 
@@ -787,20 +851,28 @@ def decode_attention(
     layers of a step share it.
     rope_cos, rope_sin: float32 [>= Lmax, R / 2], row p for position p, rotate-half pairing (d with d + R / 2) over the
     first R <= D dimensions; None for no RoPE. scale: default D ** -0.5.
+    window: only the last `window` tokens count, the new one included; 0: all. softcap: scores become
+    softcap * tanh(score / softcap); 0: they stay. sinks: [Hq], a score for each head that joins the softmax and that no
+    value belongs to. lse: float32 [B, Hq], WRITTEN IN PLACE with the natural logarithm of the softmax's denominator.
     A row with lengths[b] >= Lmax is not appended and attends to the Lmax cached tokens: a device cannot raise, so
     callers must check. Returns [B, Hq, D] in q's dtype.
     """
     op = torch.ops.tiny_gemm.decode_attention
-    if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=(rope_cos, rope_sin)):
+    if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=(rope_cos, rope_sin, sinks, lse)):
         op = _decode_attention_cuda if q.is_cuda else _decode_attention_cpu
-        scale = None if scale is None else float(scale)
-    return op(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
+        scale, window, softcap = None if scale is None else float(scale), int(window), float(softcap)
+    return op(
+        q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin,
+        scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse,
+    )  # fmt: skip
 
 
-def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin) -> None:
+def _check_decode_attention(
+    q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse
+) -> None:
     op = "decode_attention"
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    tensors |= {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin}
+    tensors |= {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "sinks": sinks, "lse": lse}
     _check_tensors(op, q, tensors, same_dtype=("k", "v", "k_cache", "v_cache"))
     if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4:
         raise ValueError(
@@ -831,12 +903,18 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
             )
         if not 0 < 2 * rope_cos.shape[1] <= d:
             raise ValueError(f"{op}: RoPE over {2 * rope_cos.shape[1]} dimensions must be at most the head size {d}")
+    _check_scores(op, q_heads, window, softcap, sinks)
+    if lse is not None:
+        _check_shape(op, "lse", lse, (b, q_heads))
+        if lse.dtype != torch.float32:
+            raise TypeError(f"{op}: lse is {lse.dtype}, it must be float32")
     k_strides, v_strides = k_cache.stride(), v_cache.stride()
     if not (q.stride()[-1] == k.stride()[-1] == v.stride()[-1] == k_strides[-1] == v_strides[-1] == 1):
         for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
             if t.stride(-1) != 1:
                 raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
-    for name, t in (("lengths", lengths), ("rope_cos", rope_cos), ("rope_sin", rope_sin)):
+    contiguous = {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "sinks": sinks, "lse": lse}
+    for name, t in contiguous.items():
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {t.stride()}, it must be contiguous")
     if k_strides != v_strides and any(
@@ -845,28 +923,64 @@ def _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_s
         raise ValueError(f"{op}: k_cache has strides {k_strides} and v_cache {v_strides}; they must agree")
 
 
-def _decode_attention_fake(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+def _decode_attention_fake(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    lengths,
+    rope_cos=None,
+    rope_sin=None,
+    *,
+    scale=None,
+    window=0,
+    softcap=0.0,
+    sinks=None,
+    lse=None,
+):
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
     return q.new_empty(q.shape)
 
 
-def _decode_attention_cpu(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
+def _decode_attention_cpu(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    lengths,
+    rope_cos=None,
+    rope_sin=None,
+    *,
+    scale=None,
+    window=0,
+    softcap=0.0,
+    sinks=None,
+    lse=None,
+):
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
     tensors = q, k, v, k_cache, v_cache
     rows = [tensors] if len(q) == 1 else zip(*(t.split(1) for t in tensors), strict=True)
-    outputs = [
-        _append_and_attend(max(n, 0), *row, rope_cos, rope_sin, scale)
-        for n, row in zip(lengths.tolist(), rows, strict=True)
-    ]
+    more = (window, softcap, sinks) if softcap or sinks is not None or lse is not None else None
+    outputs = []
+    for b, (n, row) in enumerate(zip(lengths.tolist(), rows, strict=True)):
+        q_row, seen_k, seen_v = _append(max(n, 0), *row, rope_cos, rope_sin, window)
+        if more is None:
+            grouped = q_row.reshape(1, k.shape[1], -1, q.shape[2])  # a group's query heads share a KV head
+            y = F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, *q.shape[1:])
+        else:
+            y = _attend_in_float32(q_row, seen_k, seen_v, scale, softcap, sinks, None if lse is None else lse[b])
+        outputs.append(y)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
-def _append_and_attend(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_sin, scale) -> Tensor:
-    """One sequence: k and v [1, Hkv, D] go to position `length`, and q [1, Hq, D] attends to what is there then.
+def _append(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_sin, window: int):
+    """One sequence: k and v [1, Hkv, D] go to position `length`; q [1, Hq, D], rotated, and what it sees of the caches.
 
     Every torch call here costs some 10 us of a decode step (its code is out of the CPU's caches by then): few of them.
     """
-    (_, q_heads, d), (kv_heads, max_length) = q.shape, k_cache.shape[1:3]
+    q_heads, (kv_heads, max_length) = q.shape[1], k_cache.shape[1:3]
     if rope_cos is not None:
         position = min(length, max_length - 1)
         cos, sin = rope_cos.narrow(0, position, 1), rope_sin.narrow(0, position, 1)
@@ -876,21 +990,53 @@ def _append_and_attend(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_si
     if length < max_length:
         k_cache.select(2, length).copy_(k)
         v_cache.select(2, length).copy_(v)
-    seen = min(length + 1, max_length)
-    grouped = q.reshape(1, kv_heads, q_heads // kv_heads, d)  # a group's query heads share a KV head
-    seen_k, seen_v = k_cache.narrow(2, 0, seen), v_cache.narrow(2, 0, seen)
-    return F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, q_heads, d)
+    end = min(length + 1, max_length)
+    begin = max(end - window, 0) if window else 0
+    return q, k_cache.narrow(2, begin, end - begin), v_cache.narrow(2, begin, end - begin)
 
 
-def _decode_attention_cuda(q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None, *, scale=None):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin)
-    decode = _kernels().decode_attention
-    return decode.decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, scale=scale)
+def _attend_in_float32(q, k, v, scale: float | None, softcap: float, sinks, lse) -> Tensor:
+    """q [1, Hq, D], k and v [1, Hkv, L, D] -> [1, Hq, D] with what torch's attention has no argument for."""
+    _, q_heads, d = q.shape
+    grouped = q.float().reshape(k.shape[1], -1, d)
+    scores = grouped @ k[0].float().mT * (d**-0.5 if scale is None else scale)  # [Hkv, G, L]
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    total = scores.logsumexp(-1, keepdim=True)
+    if sinks is not None:
+        total = torch.logaddexp(total, sinks.float().view_as(total))
+    if lse is not None:
+        lse.copy_(total.view(q_heads))
+    return ((scores - total).exp() @ v[0].float()).view(q.shape).to(q.dtype)
+
+
+def _decode_attention_cuda(
+    q,
+    k,
+    v,
+    k_cache,
+    v_cache,
+    lengths,
+    rope_cos=None,
+    rope_sin=None,
+    *,
+    scale=None,
+    window=0,
+    softcap=0.0,
+    sinks=None,
+    lse=None,
+):
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
+    return _kernels().decode_attention.decode_attention(
+        q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin,
+        scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse,
+    )  # fmt: skip
 
 
 _register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths,"
-    " Tensor? rope_cos=None, Tensor? rope_sin=None, *, float? scale=None) -> Tensor",
+    " Tensor? rope_cos=None, Tensor? rope_sin=None, *, float? scale=None, int window=0, float softcap=0.0,"
+    " Tensor? sinks=None, Tensor(c!)? lse=None) -> Tensor",
     fake=_decode_attention_fake,
     cpu=_decode_attention_cpu,
     cuda=_decode_attention_cuda,

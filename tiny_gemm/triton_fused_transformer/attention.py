@@ -10,6 +10,10 @@ causal is aligned bottom-right: query i sees keys j <= i + Lk - Lq, so that Lq n
 row that sees no key is zero. Dropout keeps probability (b, h, i, j) where the number that tl.rand(seed, ...) gives for
 ((b * Hq + h) * Lq + i) * Lk + j is >= dropout_p (reference.dropout_keep_mask is the same in torch), and scales what it
 keeps by 1 / (1 - dropout_p); the softmax is normalised before dropout.
+
+window, with causal: query i sees of its keys only the last `window`, and tiles that no row of a block sees are not
+read. softcap: a score s becomes softcap * tanh(s / softcap) (Gemma 2). sinks [Hq]: a score that joins each row's
+softmax and that no value belongs to (StreamingLLM, Xiao et al., 2023; as a learned number in gpt-oss).
 """
 
 from dataclasses import dataclass
@@ -21,20 +25,28 @@ from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, device_facts, tensor_bytes
 from tiny_gemm.launcher import Launcher
+from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 
 
+def _sum_to(n: int) -> int:
+    """1 + 2 + ... + n; 0 for n < 0."""
+    return n * (n + 1) // 2 if n > 0 else 0
+
+
 def _fused_attention_cost(grid, kernel, args) -> dict:
-    """Bytes and flops of one launch, for a launch hook; under a causal mask only the pairs that are seen."""
+    """Bytes and flops of one launch, for a launch hook; only the keys and the pairs of query and key that are seen."""
     q, k, Lq, Lk = args["q_ptr"], args["k_ptr"], args["Lq"], args["Lk"]
-    pairs = Lq * Lk
+    keys, pairs = Lk, Lq * Lk
     if args["CAUSAL"]:
-        rows = min(Lq, Lk)  # those that see a key at all
-        pairs = rows * (Lk - rows) + rows * (rows + 1) // 2
+        rows = min(Lq, Lk)  # those that see a key at all; they see Lk - rows + 1, ... Lk of them, or the window's
+        window = args["WINDOW"] or Lk
+        keys = min(Lk, rows + window - 1)
+        pairs = _sum_to(Lk) - _sum_to(Lk - rows) - _sum_to(Lk - window) + _sum_to(Lk - rows - window)
     flops = "flops32" if q.element_size() == 4 else "flops16"
     return {
-        "bytes": tensor_bytes(q, k, args["v_ptr"], args["out_ptr"]),
+        "bytes": tensor_bytes(q, args["out_ptr"], args["sinks_ptr"]) + tensor_bytes(k, args["v_ptr"]) // Lk * keys,
         flops: 4 * q.shape[0] * q.shape[1] * pairs * args["D"],
     }
 
@@ -44,6 +56,7 @@ def _fused_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    sinks_ptr,  # [Hq], or None
     out_ptr,  # contiguous [B, Lq, Hq, D]
     stride_qb,
     stride_qh,
@@ -60,16 +73,21 @@ def _fused_attention_kernel(
     dropout_p,
     seed,
     CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,  # 0: none
+    SOFTCAP: tl.constexpr,  # 0: none
     HAS_DROPOUT: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait_for_previous(PDL)
     block = tl.program_id(0)
     if CAUSAL:
-        block = tl.num_programs(0) - 1 - block  # the last rows see the most keys: start them first
+        # The last rows see the most keys. They start first, so that short blocks fill the SMs that finish early.
+        block = tl.num_programs(0) - 1 - block
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     Hq = tl.num_programs(1) * G
@@ -91,13 +109,18 @@ def _fused_attention_kernel(
     offs_k = offs_n[:, None] * stride_kn + offs_d[None, :]
     offs_v = offs_n[:, None] * stride_vn + offs_d[None, :]
 
-    # Keys [0, full) are seen by every row of the block and need no mask; keys [full, end) need one.
+    # Keys [inner, full) are seen by every row of the block and need no mask; [begin, inner) and [full, end) need one.
     end = Lk
     full = Lk
     if CAUSAL:
         end = tl.minimum(Lk, tl.minimum((block * BLOCK_M + BLOCK_M - 1) // G, Lq - 1) + Lk - Lq + 1)
         full = tl.maximum(tl.minimum(Lk, first_query + Lk - Lq + 1), 0)
     full = full // BLOCK_N * BLOCK_N
+    begin = 0
+    inner = 0
+    if WINDOW > 0:
+        begin = tl.maximum(first_query + Lk - Lq + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+        inner = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, full)
 
     last_key = query + Lk - Lq  # [BLOCK_M], for CAUSAL
     if HAS_DROPOUT:
@@ -106,18 +129,28 @@ def _fused_attention_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
     total = tl.zeros([BLOCK_M], tl.float32)  # running sum of exp2(score - top)
+    if sinks_ptr is not None:  # as if a key of that score and no value had been seen
+        top = tl.load(sinks_ptr + kv_head * G + head).to(tl.float32) * 1.4426950408889634  # [BLOCK_M]
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     for MASKED in tl.static_range(2):
-        first = full if MASKED else 0
+        first = full - (inner - begin) if MASKED else inner
         last = end if MASKED else full
-        for start in range(first, last, BLOCK_N):
+        for step in range(first, last, BLOCK_N):
+            start = step
+            if MASKED and WINDOW > 0:
+                start = tl.where(step < full, step - (full - inner), step)
             key = start + offs_n
             mask_kv = (key < Lk)[:, None] & mask_d[None, :] if MASKED else mask_d[None, :]
             k_tile_ptr = k_ptr + tl.cast(start, tl.int64) * stride_kn
             v_tile_ptr = v_ptr + tl.cast(start, tl.int64) * stride_vn
             k = tl.load(k_tile_ptr + offs_k, mask=mask_kv, other=0.0)  # [BLOCK_N, BLOCK_D]
             s = tl.dot(q, k.T, input_precision="ieee") * scale_log2  # [BLOCK_M, BLOCK_N]
+            if SOFTCAP > 0:  # tanh(x) = 1 - 2 / (1 + exp(2 x)); s has a factor log2(e)
+                s = SOFTCAP * 1.4426950408889634 * (1.0 - 2.0 / (1.0 + tl.exp2(s * (2.0 / SOFTCAP))))
             if MASKED:
                 visible = key[None, :] <= last_key[:, None] if CAUSAL else key[None, :] < Lk
+                if WINDOW > 0:
+                    visible &= key[None, :] > last_key[:, None] - WINDOW
                 s = tl.where(visible, s, float("-inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             shift = tl.where(new_top == float("-inf"), 0.0, new_top) if MASKED else new_top
@@ -171,10 +204,21 @@ def pick_config(rows: int, head_dim: int, itemsize: int, has_dropout: bool, devi
 
 
 @cache
-def _launcher(config: AttentionConfig, causal: bool, has_dropout: bool, group: int, head_dim: int) -> Launcher:
+def _launcher(
+    config: AttentionConfig,
+    causal: bool,
+    window: int,
+    softcap: float,
+    has_dropout: bool,
+    group: int,
+    head_dim: int,
+    facts: DeviceFacts,
+) -> Launcher:
     return Launcher(
         _fused_attention_kernel,
         CAUSAL=causal,
+        WINDOW=window,
+        SOFTCAP=softcap,
         HAS_DROPOUT=has_dropout,
         G=group,
         D=head_dim,
@@ -183,6 +227,7 @@ def _launcher(config: AttentionConfig, causal: bool, has_dropout: bool, group: i
         BLOCK_D=triton.next_power_of_2(head_dim),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **pdl_options(facts),
     )
 
 
@@ -195,10 +240,15 @@ def fused_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     seed: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """q [B, Hq, Lq, D], k, v [B, Hkv, Lk, D] -> [B, Hq, Lq, D] in q's dtype, laid out as [B, Lq, Hq, D].
 
     Any strides with the last dimension contiguous; bf16, fp16, or fp32 (exact products, slow). scale: D ** -0.5.
+    window, with causal: 0, or how many keys a query sees, its own included. softcap: 0, or scores become softcap *
+    tanh(score / softcap). sinks: [Hq].
     """
     batch, heads, Lq, D = q.shape
     kv_heads, Lk = k.shape[1], k.shape[2]
@@ -208,15 +258,18 @@ def fused_attention(
         and 0 <= dropout_p < 1
         and q.dtype == k.dtype == v.dtype
         and k.shape == v.shape
+        and (causal or not window)
     )
     assert q.stride(3) == k.stride(3) == v.stride(3) == 1
     group = heads // kv_heads
-    config = pick_config(Lq * group, D, q.element_size(), dropout_p > 0, device_facts(q.device))
+    facts = device_facts(q.device)
+    config = pick_config(Lq * group, D, q.element_size(), dropout_p > 0, facts)
+    window = window if window < Lk else 0  # then it is no limit
     out = q.new_empty(batch, Lq, heads, D)
     scale_log2 = (D**-0.5 if scale is None else scale) * LOG2_E
-    _launcher(config, causal, dropout_p > 0, group, D)(
+    _launcher(config, causal, window, softcap, dropout_p > 0, group, D, facts)(
         (triton.cdiv(Lq * group, config.block_m), kv_heads, batch),
-        (q, k, v, out),
+        (q, k, v, None if sinks is None else sinks.contiguous(), out),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Lq, Lk, scale_log2, float(dropout_p), seed),
     )
     return out.transpose(1, 2)

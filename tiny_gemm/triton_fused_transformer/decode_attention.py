@@ -5,11 +5,11 @@
     positions 0 .. lengths[b] -> [B, Hq, D]
 
 Flash-decoding (Dao et al., 2023). The tokens of a sequence are cut into tiles, 16 * TILES tokens for each of a block's
-WARPS warps; up to NUM_SPLITS blocks a KV head take the tiles in turn, from the last to the first, and the query heads of
-a group (G = Hq / Hkv) share what a block reads. K and V go from global memory straight into the registers from which
-the tensor core reads them, 16 bytes a thread, with no shared memory in between (`_load_keys` and `_load_values` say
-how). Every warp keeps a softmax of its own, so that no warp waits for another before the end. At these sizes
-instructions are time: a block lives for 2 to 4 us, and its one warp a scheduler issues every other cycle at best.
+WARPS warps; up to NUM_SPLITS blocks a KV head take the tiles in turn, from the last to the first, and the query heads
+of a group (G = Hq / Hkv) share what a block reads. K and V go from global memory straight into the registers from
+which the tensor core reads them, 16 bytes a thread, with no shared memory in between (`_load_keys` and `_load_values`
+say how). Every warp keeps a softmax of its own, so that no warp waits for another before the end. At these sizes
+instructions are time: a block lives for a few microseconds, with one or two warps for each scheduler.
 
 Where the tiles lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
 results are added in a fixed order: a row has the same bits alone and in any batch. The blocks of a (sequence, KV head)
@@ -206,8 +206,11 @@ def _attend(
     top,
     total,
     acc,
-    tokens,  # of the tile that count
+    begin,  # first and past the last of the tile's tokens that count
+    end,
     scale_log2,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -215,8 +218,14 @@ def _attend(
 ):
     """The running softmax (top, total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]) with one more tile."""
     s = tl.dot(_keys_operand(k, BLOCK_D, WARPS, TILES, E), q, input_precision="ieee") * scale_log2
+    if SOFTCAP > 0:  # tanh(x) = 2 sigmoid(2 x) - 1
+        CAP: tl.constexpr = SOFTCAP * 1.4426950408889634
+        s = CAP * (2.0 * tl.sigmoid(s * (2.0 / CAP)) - 1.0)
     offs_n = tl.arange(0, 16 * TILES * WARPS).reshape(WARPS, 16 * TILES)[:, :, None]
-    s = tl.where(offs_n < tokens, s, float("-inf"))  # [WARPS, 16 * TILES, BLOCK_G]
+    counts = offs_n < end
+    if WINDOW > 0:
+        counts &= offs_n >= begin
+    s = tl.where(counts, s, float("-inf"))  # [WARPS, 16 * TILES, BLOCK_G]
     new_top = tl.maximum(top, tl.max(s, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a warp may have seen no token yet
     p = tl.exp2(s - base[:, None, :])
@@ -230,6 +239,15 @@ def _attend(
 def _first_tile(length, split, Lmax, STEP: tl.constexpr):
     """Where the first tile of block `split` starts. Tiles are taken from the last on, which has the new token."""
     return (tl.cdiv(tl.minimum(length + 1, Lmax), STEP) - 1 - split) * STEP
+
+
+@triton.jit
+def _window_begin(length, Lmax, WINDOW: tl.constexpr):
+    """The first token that counts."""
+    if WINDOW > 0:
+        return tl.maximum(tl.minimum(length + 1, Lmax) - WINDOW, 0)
+    else:
+        return 0
 
 
 @triton.jit
@@ -265,16 +283,13 @@ def _decode_attention_cost(grid, kernel, args) -> dict:
     if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
         return {}
     q, k, k_cache = args["q_ptr"], args["k_ptr"], args["k_cache_ptr"]
-    seen = [min(max(n, 0), Lmax) for n in lengths.tolist()]  # tokens of each row that the cache holds
+    lengths, window = lengths.tolist(), args["WINDOW"] or Lmax
+    attended = sum(min(max(n, 0) + 1, Lmax, window) for n in lengths)  # the new token is written, the others read
     row = 2 * k.shape[1] * D * k_cache.element_size()  # K and V of one token
-    rope = 2 * len(seen) * args["ROPE_HALF"] * 4
-    appended = sum(row for n in seen if n < Lmax)
-    attended = sum(min(n + 1, Lmax) for n in seen)
+    rope = 2 * len(lengths) * args["ROPE_HALF"] * 4
     flops = "flops32" if q.element_size() == 4 else "flops16"
-    return {
-        "bytes": tensor_bytes(q, k, args["v_ptr"], lengths, args["out_ptr"]) + rope + appended + row * sum(seen),
-        flops: 4 * q.shape[1] * attended * D,
-    }
+    tensors = q, k, args["v_ptr"], args["lengths_ptr"], args["out_ptr"], args["sinks_ptr"], args["lse_ptr"]
+    return {"bytes": tensor_bytes(*tensors) + rope + row * attended, flops: 4 * q.shape[1] * attended * D}
 
 
 @triton.jit(do_not_specialize=["Lmax"], launch_metadata=_decode_attention_cost)
@@ -287,9 +302,11 @@ def _decode_attention_kernel(
     lengths_ptr,
     cos_ptr,  # [>= Lmax, ROPE_HALF]
     sin_ptr,
+    sinks_ptr,  # [Hq], or None
     partial_ptr,  # [B, Hkv, NUM_SPLITS, G, D] fp32 outputs, then [B, Hkv, NUM_SPLITS, G] fp32 log2 of their weights
     counter_ptr,  # [B, Hkv] int32, zero before and after
     out_ptr,  # [B, Hq, D]
+    lse_ptr,  # [B, Hq] fp32, or None
     stride_qb,
     stride_qh,
     stride_kb,  # of k and v
@@ -302,6 +319,8 @@ def _decode_attention_kernel(
     ROPE_HALF: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -353,6 +372,7 @@ def _decode_attention_kernel(
     while read_early != length:  # once, or twice if `length` was read before its time
         # What the first tile needs, all asked for before any of it is used.
         start = _first_tile(length, split, Lmax, STEP)
+        begin = _window_begin(length, Lmax, WINDOW)
         last = tl.maximum(tl.minimum(length, Lmax) - 1, 0)
         k = _load_keys(k_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
@@ -373,6 +393,12 @@ def _decode_attention_kernel(
         top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([WARPS, BLOCK_G], tl.float32)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
+        if sinks_ptr is not None:  # the first warp of the first block has seen a token of that score and no value
+            offs_g = tl.arange(0, BLOCK_G)
+            sink = tl.load(sinks_ptr + kv_head * G + offs_g, mask=(offs_g < G) & (split == 0), other=float("-inf"))
+            is_first = (tl.arange(0, WARPS) == 0)[:, None]
+            top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634, top)
+            total = tl.where(top > float("-inf"), 1.0, 0.0)
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
             k_new = _rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
             v_new = v_new.to(CACHED)
@@ -389,20 +415,27 @@ def _decode_attention_kernel(
             v_row = warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2
             v = _insert(v, v_new, (v_row >= read_early - start)[:, :, :, :, None], USE_ASM)
             top, total, acc = _attend(
-                q, k, v, top, total, acc, read_early + 1 - start, scale_log2, BLOCK_D, WARPS, TILES, E
-            )
+                q, k, v, top, total, acc, begin - start, read_early + 1 - start, scale_log2,
+                SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
+            )  # fmt: skip
         elif start >= 0:
-            top, total, acc = _attend(q, k, v, top, total, acc, Lmax - start, scale_log2, BLOCK_D, WARPS, TILES, E)
+            top, total, acc = _attend(
+                q, k, v, top, total, acc, begin - start, Lmax - start, scale_log2,
+                SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
+            )  # fmt: skip
 
-    num_tiles = tl.cdiv(tl.minimum(length + 1, Lmax), STEP)
-    splits = tl.minimum(num_tiles, NUM_SPLITS)
+    tokens = tl.minimum(length + 1, Lmax)
+    begin = _window_begin(length, Lmax, WINDOW)
+    splits = tl.minimum(tl.cdiv(tokens, STEP) - begin // STEP, NUM_SPLITS)
     if split >= splits:
         return
     start = _first_tile(length, split, Lmax, STEP) - splits * STEP
-    while start >= 0:  # from the last tile to the first; all of their tokens count
+    while start >= begin // STEP * STEP:  # from the last tile to the first; all of their tokens exist
         k = _load_keys(k_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         v = _load_values(v_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
-        top, total, acc = _attend(q, k, v, top, total, acc, STEP, scale_log2, BLOCK_D, WARPS, TILES, E)
+        top, total, acc = _attend(
+            q, k, v, top, total, acc, begin - start, STEP, scale_log2, SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E
+        )
         start -= splits * STEP
 
     block_top = tl.max(top, 0)
@@ -416,22 +449,25 @@ def _decode_attention_kernel(
     mask_gd = (offs_g < G)[None, :] & (col < D)
     group = batch * tl.num_programs(1) + kv_head
     out_ptr += group * G * D
+    block_weight = block_top + tl.log2(block_total)
     if splits == 1:
         tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + group * G + offs_g, block_weight * 0.6931471805599453, mask=offs_g < G)
         return
 
     weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
     weight_ptr += group * NUM_SPLITS * G
     partial_ptr += group * NUM_SPLITS * G * D
     tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
-    tl.store(weight_ptr + split * G + offs_g, block_top + tl.log2(block_total), mask=offs_g < G)
+    tl.store(weight_ptr + split * G + offs_g, block_weight, mask=offs_g < G)
 
     # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
     # them, and it reads past L1, which may hold lines from before.
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
-        _reduce_partials(partial_ptr, weight_ptr, out_ptr, splits, G, D, NUM_SPLITS, BLOCK_D)
+        _reduce_partials(partial_ptr, weight_ptr, out_ptr, lse_ptr, group, splits, G, D, NUM_SPLITS, BLOCK_D)
         tl.store(counter_ptr + group, 0)
 
 
@@ -440,6 +476,8 @@ def _reduce_partials(
     partial_ptr,  # [NUM_SPLITS, G, D] fp32
     weight_ptr,  # [NUM_SPLITS, G] fp32
     out_ptr,  # [G, D]
+    lse_ptr,
+    group,
     splits,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -480,6 +518,9 @@ def _reduce_partials(
         acc = acc * rescale[:, None] + tl.sum(partial * factor[:, :, None], 1)
         top = new_top
     tl.store(out_ptr + offs_gd, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=mask_gd)
+    if lse_ptr is not None:
+        offs = tl.arange(0, GROUP)
+        tl.store(lse_ptr + group * G + offs, (top + tl.log2(total)) * 0.6931471805599453, mask=offs < G)
 
 
 @dataclass(frozen=True)
@@ -518,13 +559,22 @@ def pick_config(
 
 @cache
 def _launcher(
-    config: DecodeAttentionConfig, rope_half: int, group: int, head_dim: int, itemsize: int, facts: DeviceFacts
+    config: DecodeAttentionConfig,
+    rope_half: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    window: int,
+    softcap: float,
+    facts: DeviceFacts,
 ) -> Launcher:
     return Launcher(
         _decode_attention_kernel,
         ROPE_HALF=rope_half,
         G=group,
         D=head_dim,
+        SOFTCAP=softcap,
+        WINDOW=window,
         NUM_SPLITS=config.num_splits,
         WARPS=config.num_warps,
         TILES=config.tiles,
@@ -550,11 +600,17 @@ def decode_attention(
     rope_sin: Tensor | None = None,
     *,
     scale: float | None = None,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token a sequence, q [B, Hq, D], k and v [B, Hkv, D], appended to the caches in place.
 
     q, k, v may be views of one QKV row (last dimension contiguous). k_cache, v_cache: [B, Hkv, Lmax, D], of one layout;
-    lengths: int32 [B]; rope_cos, rope_sin: contiguous fp32 [>= Lmax, R / 2]. Returns [B, Hq, D] in q's dtype.
+    lengths: int32 [B]; rope_cos, rope_sin: contiguous fp32 [>= Lmax, R / 2]. window: 0, or how many tokens count, the
+    new one included. softcap: 0, or scores become softcap * tanh(score / softcap). sinks: contiguous [Hq], lse:
+    contiguous fp32 [B, Hq], written. Returns [B, Hq, D] in q's dtype.
     A row whose lengths[b] >= Lmax appends nothing and attends to the Lmax cached tokens, rotated for position Lmax - 1.
     """
     batch, heads, D = q.shape
@@ -571,9 +627,10 @@ def decode_attention(
     out = q.new_empty(batch, heads, D)
     partial = scratch(q, batch * heads * config.num_splits * (D + 1))
     arrivals = counters(q.device, batch * kv_heads)
-    _launcher(config, rope_half, heads // kv_heads, D, k_cache.element_size(), facts)(
+    window = window if window < Lmax else 0  # then it is no limit
+    _launcher(config, rope_half, heads // kv_heads, D, k_cache.element_size(), window, softcap, facts)(
         (config.num_splits, kv_heads, batch),
-        (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, partial, arrivals, out),
+        (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, sinks, partial, arrivals, out, lse),
         (
             *q_strides[:2],
             *k_strides[:2],
