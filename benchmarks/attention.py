@@ -103,15 +103,19 @@ def _flex(machine: Machine, causal: bool) -> Callable:
     return call
 
 
-def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
-    new = functools.partial(torch.randn, device=machine.device, dtype=dtype)
+def decode_inputs(device, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, filled: int | None = None) -> tuple:
+    """q, k, v, k_cache, v_cache, lengths, cos, sin: caches of n tokens, of which `filled` (None: n - 1) are there."""
+    new = functools.partial(torch.randn, device=device, dtype=dtype)
     q, k, v = new(b, heads, d), new(b, kv_heads, d), new(b, kv_heads, d)
-    lengths = torch.full((b,), n - 1, dtype=torch.int32, device=machine.device)
+    k_cache, v_cache = new(b, kv_heads, n, d), new(b, kv_heads, n, d)
+    lengths = torch.full((b,), n - 1 if filled is None else filled, dtype=torch.int32, device=device)
     angles = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(0, d, 2) / d))
-    cos, sin = angles.cos().to(machine.device), angles.sin().to(machine.device)
-    oracle, k_cache, v_cache = decode_attention_ref(
-        q, k, v, new(b, kv_heads, n, d), new(b, kv_heads, n, d), lengths, cos, sin
-    )
+    return q, k, v, k_cache, v_cache, lengths, angles.cos().to(device), angles.sin().to(device)
+
+
+def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
+    q, k, v, *caches, lengths, cos, sin = decode_inputs(machine.device, heads, kv_heads, d, b, n, dtype)
+    oracle, k_cache, v_cache = decode_attention_ref(q, k, v, *caches, lengths, cos, sin)
     rotated = rotate_half(q.double(), cos[-1].double(), sin[-1].double()).to(dtype)[:, :, None]  # [B, Hq, 1, D]
     nbytes = k_cache.nbytes + v_cache.nbytes + 2 * q.nbytes
     again = range(machine.copies(nbytes) - 1)

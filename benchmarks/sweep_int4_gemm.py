@@ -11,27 +11,22 @@ the best block for up to 8 and for up to 16 rows. Where what pick_config chooses
 Symmetric weights; needs an NVIDIA GPU.
 """
 
-import argparse
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import asdict, replace
-from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 
-from benchmarks.presets import PRESETS, clone, group_size, projections, random_weight
-from benchmarks.timing import Machine, capture, measure_machine
+from benchmarks.presets import clone, group_size, projections, random_weight
+from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
+from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import device_facts
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
 from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
-
-REPLAYS = 7
 
 
 def candidates(k: int, group: int, *, quick: bool) -> list[DecodeConfig]:
@@ -63,23 +58,8 @@ def compile_one(job: tuple) -> str | None:
         tensors = dtype, torch.int16, torch.float16, *(None,) * 5, dtype  # x, w, s; no zeros, gate or bias; y
         launcher.kernel.warmup(*tensors, m, n, k, k, grid=(1, 1), **launcher.meta)
     except Exception as e:
-        return f"{config}: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        return one_line(config, e)
     return None
-
-
-def time_us(calls: list) -> float:
-    """Microseconds a call, the median of REPLAYS replays of one CUDA graph."""
-    graph = capture(calls)
-    times = []
-    for i in range(REPLAYS + 1):
-        before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        before.record()
-        graph.replay()
-        after.record()
-        if i:  # the first replay uploads the graph
-            times.append((before, after))
-    torch.cuda.synchronize()
-    return sorted(b.elapsed_time(a) for b, a in times)[REPLAYS // 2] * 1e3 / len(calls)
 
 
 Found = list[tuple[int, DecodeConfig | None, float]]  # m, configuration (None: pick_config's), microseconds
@@ -105,9 +85,9 @@ def sweep_shape(
                 if not error < 1e-2:
                     print(f"  {config} is wrong by {error:.2g}", file=sys.stderr)
                     continue
-                found.append((m, config, time_us([lambda w=w, c=config: call(w, c) for w in copies])))
+                found.append((m, config, time_us([lambda w=w, c=config: call(w, c) for w in copies], machine)))
             except Exception as e:  # one that the GPU cannot launch
-                print(f"  {config}: {type(e).__name__}: {str(e)[:150]}", file=sys.stderr)
+                print(f"  {one_line(config, e)}", file=sys.stderr)
     return found
 
 
@@ -141,18 +121,11 @@ def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = sweep_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=[], metavar="KxN")
-    parser.add_argument("--model", nargs="+", default=[], choices=PRESETS, metavar="PRESET")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1), help="of --shapes")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="M")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="a third of the configurations")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no shape after so many")
-    parser.add_argument("--out", type=Path, required=True, help="the table, JSON")
-    args = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        parser.error("needs a GPU: torch finds none here")
+    args = parse(parser, arguments)
     shapes = {tuple(map(int, s.split("x"))): args.group_size for s in args.shapes}
     for model in args.model:
         shapes |= {shape: group_size(model) for shape in projections(model).values()}
@@ -165,19 +138,14 @@ def main(arguments: list[str] | None = None) -> int:
     for (k, n), group in shapes.items():
         for m, config in itertools.product(args.rows, configs[k, n]):
             jobs[config, m > 8, config.is_one_step(k), unit_k(k), group] = m, n, k, group, dtype, config
-    with get_context("spawn").Pool(min(len(jobs), os.cpu_count() or 1)) as pool:
-        for i, error in enumerate(pool.imap_unordered(compile_one, jobs.values()), 1):
-            print(f"\rcompiled {i} of {len(jobs)} kernels", end="", file=sys.stderr)
-            if error:
-                print(f"\n  {error}", file=sys.stderr)
-    print(f", {time.time() - begin:.0f} s", file=sys.stderr)
+    compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))
     print(f"{torch.cuda.get_device_name()}: roof {machine.roof_gbps:,.0f} GB/s")
     table = {"gpu": torch.cuda.get_device_name(), "entries": []}
     timings = []
     for (k, n), group in shapes.items():
-        if time.time() - begin > args.seconds:
+        if time.time() - begin > args.deadline:
             print(f"{k}x{n} and what follows: not reached", file=sys.stderr)
             break
         weight = random_weight(n, k, group, machine.device).int4

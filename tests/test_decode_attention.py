@@ -344,6 +344,7 @@ def check_arrival(sass: str):
 def test_config_has_no_batch_and_fits():
     facts = aot.device_facts("sm_90")
     assert decode.pick_config(8, 4096, 128, 2, facts).num_splits == 132 // 8
-    assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 4, "no more splits than the cache has tiles"
+    assert decode.pick_config(3, 100, 64, 2, facts).num_splits == 1
+    assert decode.pick_config(3, 300, 64, 2, facts).num_splits == 10, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 4096, 64, 2, facts).num_splits == 1
     assert decode.pick_config(1, 10**6, 128, 2, facts).num_splits == 64, "the last block has to add them up"

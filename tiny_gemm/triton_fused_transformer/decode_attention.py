@@ -528,7 +528,6 @@ class DecodeAttentionConfig:
     num_splits: int  # the most blocks that share a sequence and KV head
     num_warps: int
     tiles: int  # of 16 tokens that a warp takes at once
-    max_registers: int | None = None  # a thread; fewer let more blocks share an SM
 
 
 @cache
@@ -537,24 +536,25 @@ def pick_config(
 ) -> DecodeAttentionConfig:
     """About one block an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
 
-    For 16 bits swept on an H100, 2026-11-24, by benchmarks/sweep_decode_attention.py: 32 query and 8 KV heads of size
-    64 and 128, 128 to 32,768 tokens, batch 1 to 8; other chips and head sizes take after it.
+    For 16 bits swept on an H100, 2026-11-24 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it
+    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8. Other chips, numbers of heads
+    and sizes take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
-    if itemsize == 4:  # no tensor cores in full precision
-        num_warps, tiles, max_registers = 4, 1, None
-    elif block_d > 128:
-        num_warps, tiles, max_registers = 4, 1, None
-    elif max_length <= 1024 if block_d <= 64 else max_length <= 512:  # many small blocks: one tile each
-        num_warps, tiles, max_registers = 2, 1, 128 if block_d <= 64 else 168
-    elif max_length <= 4096:  # a tile is large, for few partial results and all bytes in flight at once
-        num_warps, tiles, max_registers = 4, 2, 168 if block_d <= 64 else None
+    if itemsize == 4 or block_d > 128:
+        num_warps, tiles = 4, 1
+    elif max_length <= 128:  # one block, no partial results
+        num_warps, tiles = 4, 2
+    elif max_length <= (1024 if block_d <= 64 else 512):  # many small blocks: one tile each
+        num_warps, tiles = 2, 1
+    elif max_length <= 4096:  # large tiles: few partial results, and all bytes in flight at once
+        num_warps, tiles = 4, 2
     else:
-        num_warps, tiles, max_registers = 8, 1, 128 if block_d <= 64 else 168
+        num_warps, tiles = 8, 1
         splits *= 2 if block_d <= 64 else 1
     splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), 64)
-    return DecodeAttentionConfig(splits, num_warps, tiles, max_registers if device.is_nvidia else None)
+    return DecodeAttentionConfig(splits, num_warps, tiles)
 
 
 @cache
@@ -584,7 +584,6 @@ def _launcher(
         PREFETCH=facts.has_pdl,
         USE_ASM=facts.is_nvidia and itemsize == 2,
         num_warps=config.num_warps,
-        maxnreg=config.max_registers,
         **pdl_options(facts),
     )
 
