@@ -43,10 +43,10 @@ MOST_SPLITS = 64  # as in pick_config
 
 
 def candidates(
-    kv_heads: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts, *, quick: bool
+    kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts, *, quick: bool
 ) -> list[DecodeAttentionConfig]:
     """What pick_config chooses, then the others worth timing for a cache of that length."""
-    found = [decode.pick_config(kv_heads, max_length, head_dim, itemsize, device)]
+    found = [decode.pick_config(kv_heads, group, max_length, head_dim, itemsize, device)]
     block_d = triton.next_power_of_2(head_dim)
     blocks = max(1, device.sm_count // kv_heads)  # a KV head, for one on each SM at batch 1
     for tiles, num_warps, share in itertools.product((1, 2), (2, 4, 8), (1,) if quick else (0.5, 1, 2)):
@@ -163,7 +163,9 @@ def main(arguments: list[str] | None = None) -> int:
     begin, dtype, device = time.time(), getattr(torch, args.dtype), torch.device("cuda", 0)
     facts = device_facts(device)
     configs = {
-        (heads, length): candidates(heads[1], length, heads[2], dtype.itemsize, facts, quick=args.quick)
+        (heads, length): candidates(
+            heads[1], heads[0] // heads[1], length, heads[2], dtype.itemsize, facts, quick=args.quick
+        )
         for heads, length in cases
     }
     compile_all(compile_one, {(device, heads, dtype, c): None for (heads, _), found in configs.items() for c in found})

@@ -93,8 +93,8 @@ ATTENTION = {
 @pytest.mark.parametrize(("kv_heads", "length", "head_dim"), ATTENTION.values(), ids=ATTENTION.keys())
 def test_attention_candidates_can_be_launched(kv_heads, length, head_dim, target, quick):
     facts = aot.device_facts(target)
-    found = sweep_decode_attention.candidates(kv_heads, length, head_dim, 2, facts, quick=quick)
-    assert found[0] == pick_config(kv_heads, length, head_dim, 2, facts)
+    found = sweep_decode_attention.candidates(kv_heads, 4, length, head_dim, 2, facts, quick=quick)
+    assert found[0] == pick_config(kv_heads, 4, length, head_dim, 2, facts)
     assert len(found) >= 3 and len(set(found)) == len(found)
     for c in found:
         assert c.num_warps in (2, 4, 8), "what the kernel knows to add up"

@@ -851,7 +851,8 @@ def decode_attention(
     layers of a step share it.
     rope_cos, rope_sin: float32 [>= Lmax, R / 2], row p for position p, rotate-half pairing (d with d + R / 2) over the
     first R <= D dimensions; None for no RoPE. scale: default D ** -0.5.
-    window: only the last `window` tokens count, the new one included; 0: all. softcap: scores become
+    window: only the last `window` tokens count, the new one included; 0: all. (Cached values before it must still be
+    numbers, as those of a tile are multiplied by 0.) softcap: scores become
     softcap * tanh(score / softcap); 0: they stay. sinks: [Hq], a score for each head that joins the softmax and that no
     value belongs to. lse: float32 [B, Hq], WRITTEN IN PLACE with the natural logarithm of the softmax's denominator.
     A row with lengths[b] >= Lmax is not appended and attends to the Lmax cached tokens: a device cannot raise, so

@@ -180,7 +180,7 @@ def decode_attention_ref(
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
     Lmax = k_cache.shape[2]
     outputs = []
-    for b, length in enumerate(lengths.tolist()):
+    for b, length in enumerate(lengths.clamp(min=0).tolist()):
         q_row, k_row = q[b].double(), k[b].double()
         if rope_cos is not None:
             position = min(length, Lmax - 1)

@@ -159,7 +159,8 @@ def _rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr):
         cols = _first_of_pair(d, ROPE_HALF)[:, :, :, :, :, None] + tl.arange(0, 4)
     else:
         cols = _first_of_pair(d[:, :, :, :, :, None] + tl.arange(0, 4), ROPE_HALF)
-    row = tl.load(ptr + cols, mask=position >= 0)  # always: but a load with a mask stays where it is written
+    # The mask is always true, but the compiler does not know that; without one it moves the load behind a branch.
+    row = tl.load(ptr + cols, mask=position >= 0)
     return row.reshape(row.shape[0], row.shape[1], row.shape[2], row.shape[3], E)
 
 
@@ -199,6 +200,17 @@ def _rotate(x, y, d, cos, sin, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr,
 
 
 @triton.jit
+def _soft_cap(s, SOFTCAP: tl.constexpr):
+    """SOFTCAP * tanh(score / SOFTCAP) of scores in units of log2, like the result; near 0 by its series, because the
+    difference that gives tanh elsewhere, 1 - 2 / (1 + exp(2 x)), would cancel."""
+    CAP: tl.constexpr = SOFTCAP * 1.4426950408889634
+    x = s * (1.0 / CAP)
+    near = x - x * (x * x) * (0.33333333 - (x * x) * 0.13333333)
+    far = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
+    return CAP * tl.where(tl.abs(x) < 0.1, near, far)
+
+
+@triton.jit
 def _attend(
     q,  # [WARPS, BLOCK_D, BLOCK_G]
     k,  # as _load_keys loads it
@@ -218,9 +230,8 @@ def _attend(
 ):
     """The running softmax (top, total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]) with one more tile."""
     s = tl.dot(_keys_operand(k, BLOCK_D, WARPS, TILES, E), q, input_precision="ieee") * scale_log2
-    if SOFTCAP > 0:  # tanh(x) = 2 sigmoid(2 x) - 1
-        CAP: tl.constexpr = SOFTCAP * 1.4426950408889634
-        s = CAP * (2.0 * tl.sigmoid(s * (2.0 / CAP)) - 1.0)
+    if SOFTCAP > 0:
+        s = _soft_cap(s, SOFTCAP)
     offs_n = tl.arange(0, 16 * TILES * WARPS).reshape(WARPS, 16 * TILES)[:, :, None]
     counts = offs_n < end
     if WINDOW > 0:
@@ -236,16 +247,22 @@ def _attend(
 
 
 @triton.jit
+def _tokens(length, Lmax):
+    """How many the cache holds with the new one, if it still fits."""
+    return tl.minimum(length, Lmax - 1) + 1
+
+
+@triton.jit
 def _first_tile(length, split, Lmax, STEP: tl.constexpr):
     """Where the first tile of block `split` starts. Tiles are taken from the last on, which has the new token."""
-    return (tl.cdiv(tl.minimum(length + 1, Lmax), STEP) - 1 - split) * STEP
+    return (tl.cdiv(_tokens(length, Lmax), STEP) - 1 - split) * STEP
 
 
 @triton.jit
 def _window_begin(length, Lmax, WINDOW: tl.constexpr):
     """The first token that counts."""
     if WINDOW > 0:
-        return tl.maximum(tl.minimum(length + 1, Lmax) - WINDOW, 0)
+        return tl.maximum(_tokens(length, Lmax) - WINDOW, 0)
     else:
         return 0
 
@@ -327,7 +344,6 @@ def _decode_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     E: tl.constexpr,  # elements in 16 bytes
-    PREFETCH: tl.constexpr,
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -340,8 +356,12 @@ def _decode_attention_kernel(
     k_cache_ptr += batch * stride_cb + kv_head * stride_ch
     v_cache_ptr += batch * stride_cb + kv_head * stride_ch
 
-    length = tl.maximum(tl.load(lengths_ptr + batch), 0)
-    if PREFETCH:
+    if PDL:  # one number for all warps, which else might load it at different times and part ways below
+        length = tl.max(tl.load(lengths_ptr + batch + tl.arange(0, 32 * WARPS) * 0), 0)
+    else:
+        length = tl.load(lengths_ptr + batch)
+    length = tl.maximum(length, 0)
+    if PDL:
         start = _first_tile(length, split, Lmax, STEP)
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
         first_k = k_cache_ptr + tl.cast(start, tl.int64) * D
@@ -378,7 +398,8 @@ def _decode_attention_kernel(
         v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         q_new, q_pair = _load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
         k_new, k_pair = _load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
-        v_new, _ = _load_pairs(v_ptr + new_row, d_v, d_v < D, 0, True, E)
+        v_ptrs = v_ptr + (new_row + d_v)[:, :, :, :, None] + tl.arange(0, E)
+        v_new = tl.load(v_ptrs, mask=(d_v < D)[:, :, :, :, None], other=0.0)
         cos = 1.0
         sin = 0.0
         if ROPE_HALF > 0:
@@ -424,9 +445,8 @@ def _decode_attention_kernel(
                 SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
             )  # fmt: skip
 
-    tokens = tl.minimum(length + 1, Lmax)
     begin = _window_begin(length, Lmax, WINDOW)
-    splits = tl.minimum(tl.cdiv(tokens, STEP) - begin // STEP, NUM_SPLITS)
+    splits = tl.minimum(tl.cdiv(_tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
     if split >= splits:
         return
     start = _first_tile(length, split, Lmax, STEP) - splits * STEP
@@ -532,13 +552,14 @@ class DecodeAttentionConfig:
 
 @cache
 def pick_config(
-    kv_heads: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
+    kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
 ) -> DecodeAttentionConfig:
-    """About one block an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
+    """About one block an SM at batch 1. The batch must not be asked: a row has the same bits in every batch. max_length
+    is the cache's, or the window if that is less.
 
     For 16 bits swept on an H100, 2026-11-24 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it
-    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8. Other chips, numbers of heads
-    and sizes take after it.
+    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8. Other chips, head sizes and
+    numbers of heads take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
@@ -553,6 +574,10 @@ def pick_config(
     else:
         num_warps, tiles = 8, 1
         splits *= 2 if block_d <= 64 else 1
+    if group > 16:  # the warps' outputs fill registers, and meet in shared memory
+        tiles = 1
+        while num_warps > 1 and num_warps * block_d * triton.next_power_of_2(group) * 4 > device.shared_memory_bytes:
+            num_warps //= 2
     splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), 64)
     return DecodeAttentionConfig(splits, num_warps, tiles)
 
@@ -581,7 +606,6 @@ def _launcher(
         BLOCK_G=max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
         BLOCK_D=triton.next_power_of_2(head_dim),
         E=16 // itemsize,
-        PREFETCH=facts.has_pdl,
         USE_ASM=facts.is_nvidia and itemsize == 2,
         num_warps=config.num_warps,
         **pdl_options(facts),
@@ -622,11 +646,11 @@ def decode_attention(
     assert q_strides[2] == k_strides[2] == v.stride(2) == cache_strides[3] == 1
     rope_half = 0 if rope_cos is None else rope_cos.shape[1]
     facts = device_facts(q.device)
-    config = pick_config(kv_heads, Lmax, D, k_cache.element_size(), facts)
+    window = window if window < Lmax else 0  # then it is no limit
+    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, k_cache.element_size(), facts)
     out = q.new_empty(batch, heads, D)
     partial = scratch(q, batch * heads * config.num_splits * (D + 1))
     arrivals = counters(q.device, batch * kv_heads)
-    window = window if window < Lmax else 0  # then it is no limit
     _launcher(config, rope_half, heads // kv_heads, D, k_cache.element_size(), window, softcap, facts)(
         (config.num_splits, kv_heads, batch),
         (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, sinks, partial, arrivals, out, lse),
