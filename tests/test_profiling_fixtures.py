@@ -41,7 +41,7 @@ def test_ours_is_a_graph_of_few_kernels(ours):
     step = ours.step
     assert ours.marked_steps and step.steps == 3
     assert "H100" in ours.device and "measured" in ours.roof_source and 2900 < ours.roof_gbps < 3350
-    assert 150 < step.kernels < 230
+    assert 150 < step.kernels < 240
     assert step.busy_fraction > 0.9
     assert step.verdict == LATENCY
     assert step.known_bytes > 0.9
@@ -66,7 +66,7 @@ def test_verdicts_on_ours(ours, name, calls, expected):
 
 def test_every_kernel_of_ours_has_declared_its_bytes(ours):
     for row in ours.rows:
-        if row.name.startswith("_"):
+        if row.name.startswith("_") and not row.op.startswith("aten::"):
             assert row.bytes and row.gbps and row.waves, row
 
 
@@ -79,7 +79,9 @@ def test_what_waits_for_its_predecessor_is_not_charged_for_it(ours):
     assert 2 < out_and_down.median_us < 3 and 2 < qkv.median_us < 3
     (norms,) = rows_of(ours, "add_rms_norm")
     assert norms.median_us < 2 and norms.family == "norm"
-    assert max(ours.rows, key=lambda row: row.total_us).name == "_decode_attention_kernel"
+    (attention,) = rows_of(ours, "_decode_attention_kernel")
+    assert attention.median_us < 4.5
+    assert max(ours.rows, key=lambda row: row.total_us).name == "_int4_decode_kernel"
     assert sum(row.share for row in ours.rows) == pytest.approx(1.0)
     step = ours.step
     assert step.kernel_us == pytest.approx(step.busy_fraction * step.step_us, rel=0.02), "one stream: nothing twice"
