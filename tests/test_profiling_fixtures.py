@@ -97,7 +97,7 @@ def test_transformers_is_launch_bound(theirs):
 
 
 def test_the_longest_wait_of_transformers_is_found(theirs):
-    """Some 80 ms before the first attention of each step, whose length is new to cuDNN."""
+    """Some 48 ms before the first attention of each step, whose length is new to cuDNN."""
     assert theirs.step.longest_gap_before.startswith("aten::_cudnn_attention_forward")
     assert theirs.step.longest_gap_us > 0.3 * theirs.step.step_us
 
