@@ -438,6 +438,12 @@ def test_quantizer_errors(tmp_path):
     assert type(skipped.model.layers[0].mlp.up_proj) is Int4Linear
 
 
+def test_a_plain_dict_configures_too(tmp_path):
+    write_hf(tmp_path)
+    model = load(tmp_path, quantization_config={"quant_method": "tiny_gemm", "group_size": 32})
+    assert type(model.model.layers[0].mlp.up_proj) is Int4Linear
+
+
 def test_the_other_kind_of_directory_is_refused_in_words(tmp_path):
     """tiny-gemm quantize and save_pretrained write the same weights under other names."""
     write_hf(tmp_path / "plain")

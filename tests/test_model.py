@@ -33,6 +33,7 @@ FAMILIES = {
     "qwen2-tied": dict(family="qwen2", tied=True),
     "qwen3": dict(family="qwen3"),
 }
+WINDOWED = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8}
 FLOAT32_ROUNDING = 2e-6  # of the largest logit
 
 
@@ -194,6 +195,10 @@ def test_rope_factors_are_the_llama3_scaling_as_gguf_stores_it(head_dim):
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
         ({"max_position_embeddings": "256"}, "max_position_embeddings='256' must be a positive integer"),
         ({"model_type": "mistral", "sliding_window": "8"}, "sliding_window='8' must be a positive integer"),
+        (WINDOWED | {"layer_types": ["sliding_attention"]}, "layer_types=['sliding_attention'] must name"),
+        (WINDOWED | {"layer_types": ["sliding_attention", "chunked_attention"]}, "for each layer"),
+        (WINDOWED | {"layer_types": 5}, "layer_types=5 must name full_attention or sliding_attention"),
+        (WINDOWED | {"max_window_layers": None}, "max_window_layers=None must be an integer"),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )
@@ -214,6 +219,8 @@ def test_reads_the_config_of_old_and_new_transformers():
     windowed = old | {"use_sliding_window": True, "sliding_window": 64}
     config = ModelConfig.from_hf(windowed | {"max_window_layers": 1})
     assert config.sliding_window == 64 and config.window(0) == 0 and config.window(1) == 64
+    config = ModelConfig.from_hf(windowed | {"max_window_layers": -(10**9)})
+    assert config.sliding_layers == (0, 1)
     config = ModelConfig.from_hf(windowed | {"layer_types": ["sliding_attention", "full_attention"]})
     assert config.window(0) == 64 and config.window(1) == 0
 

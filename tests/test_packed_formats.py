@@ -446,6 +446,8 @@ def test_wrong_orders_in_a_packed_directory(tmp_path, order, words):
         metadata = f.metadata()
     save_file(load_file(file) | {ORDER: order}, file, metadata)
     refuses(tmp_path / "packed", words)
+    with pytest.raises(checkpoint.CheckpointError, match="input_order"):
+        checkpoint.convert(tmp_path / "packed", tmp_path / "again", group_size=32)
 
 
 def test_an_order_without_an_int4_weight_is_refused(tmp_path):
@@ -640,6 +642,8 @@ DAMAGED = {  # kind, part of UP, what becomes of it (None: it is left out), word
     "hqq 2 bits": ("hqq by linear", "nbits", torch.tensor(2), "nbits=2; supported: 4"),
     "hqq packing": ("hqq", "packing", torch.tensor([*b"8bit_u8"], dtype=torch.uint8), "packing='8bit_u8'"),
     "hqq, scales in 8 bits": ("hqq", "quant_scale", torch.tensor(1), "quant_scale=1; supported: 0"),
+    "hqq packing in floats": ("hqq", "packing", torch.ones(8), "packing must hold characters, got torch.float32"),
+    "hqq packing of no characters": ("hqq", "packing", torch.tensor([2**62]), "packing must hold characters"),
     "hqq by tensor": ("hqq", "channel_wise", torch.tensor(0), "channel_wise=0; supported: 1"),
     "hqq, other groups": ("hqq", "group_size", torch.tensor(64), "W_q must hold 96 groups of 64, two to a byte"),
     "hqq across rows": ("hqq", "group_size", torch.tensor(128), "K=64 must be a multiple of group_size=128"),

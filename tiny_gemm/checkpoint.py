@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tiny_gemm import quantize_utils
-from tiny_gemm.model import ModelConfig, Transformer
+from tiny_gemm.model import ModelConfig, Transformer, is_permutation
 from tiny_gemm.packed_formats import PackedFormat
 from tiny_gemm.quantize_utils import Int4Weight
 from tiny_gemm.tokenizer import Tokenizer
@@ -632,7 +632,7 @@ def _open_directory(path: Path) -> Source:
     shapes: dict[str, tuple[int, ...]] = {name: shape for name, (_, shape) in int4.items()}
     shapes |= {name: w.shape for name, w in foreign.items()}
     kinds = dict.fromkeys(shapes, "INT4")
-    our_orders = {_order_of(name) for name in int4}
+    our_orders = {_order_of(name): columns for name, (_, (_, columns)) in int4.items()}
     for name, (file, kind, shape) in stored.items():
         if name in parts or name.endswith(".rotary_emb.inv_freq") or name == "lm_head.weight" and tied:
             continue
@@ -645,6 +645,11 @@ def _open_directory(path: Path) -> Source:
     def read(name: str, dtype: torch.dtype) -> Weight:
         if name in orders:
             return orders[name]
+        if name in our_orders:
+            order, columns = tensor(name), our_orders[name]
+            if not is_permutation(order, columns):
+                raise CheckpointError(f"{path}: {name} must hold each of 0 to {columns - 1} once, as int32")
+            return order
         if kinds.get(name) != "INT4":
             return tensor(name)
         zeros = tensor(f"{name}.zeros") if f"{name}.zeros" in stored else None

@@ -116,13 +116,9 @@ class ModelConfig:
         theta = config.get("rope_theta") if theta is None else theta
         if rope.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not supported, only 1.0")
-        window = config.get("sliding_window") if kind == "mistral" or config.get("use_sliding_window") else None
-        types = config.get("layer_types")
-        sliding = None  # all
-        if window and types:
-            sliding = tuple(i for i, t in enumerate(types) if t == "sliding_attention")
-        elif window and kind != "mistral":
-            sliding = tuple(range(config.get("max_window_layers", 28), config["num_hidden_layers"]))
+        wants_window = kind == "mistral" or (kind.startswith("qwen") and config.get("use_sliding_window"))
+        window = config.get("sliding_window", 4096) if wants_window else None  # as transformers' classes default
+        sliding = _sliding_layers(config) if window else None
         bias = kind == "qwen2" or bool(config.get("attention_bias"))
         eos = config.get("eos_token_id")
         return cls(
@@ -148,6 +144,22 @@ class ModelConfig:
             eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
             bos_token_id=config.get("bos_token_id"),
         )
+
+
+def _sliding_layers(config: Mapping) -> tuple[int, ...] | None:
+    """Which layers have the window, of a Hugging Face config.json that has one; None: all."""
+    count, types = config["num_hidden_layers"], config.get("layer_types")
+    if types is not None:
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != count or any(t not in known for t in types):
+            raise ValueError(f"layer_types={types!r} must name full_attention or sliding_attention for each layer")
+        return tuple(i for i, t in enumerate(types) if t == "sliding_attention")
+    if config["model_type"] == "mistral":
+        return None
+    first = config.get("max_window_layers", 28)
+    if type(first) is not int:
+        raise ValueError(f"max_window_layers={first!r} must be an integer")
+    return tuple(range(max(first, 0), count))
 
 
 _REQUIRED_KEYS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -346,7 +358,7 @@ class Transformer:
             order = weights.pop(f"{name}.input_order", None)
             if order is not None and not isinstance(w, Int4Weight):
                 raise ValueError(f"tensor {name}.input_order belongs to an INT4 weight, but {name}.weight is {w.dtype}")
-            if order is not None and not _is_permutation(order, columns):
+            if order is not None and not is_permutation(order, columns):
                 raise ValueError(f"tensor {name}.input_order must hold each of 0 to {columns - 1} once, as int32")
             return Matrix(w, order)
 
@@ -500,7 +512,8 @@ def _widen(weight: Matrix, dtype: torch.dtype) -> Tensor:
     return w if weight.order is None else w.index_select(1, weight.order.argsort())
 
 
-def _is_permutation(order: Tensor, length: int) -> bool:
+def is_permutation(order: Tensor, length: int) -> bool:
+    """Whether it is an input order: int32, each of 0 to length - 1 once."""
     return (
         order.dtype == torch.int32
         and order.shape == (length,)

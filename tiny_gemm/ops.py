@@ -760,6 +760,7 @@ def _fused_attention_cpu(
     b, q_heads, lq, d = q.shape
     kv_heads, lk = k.shape[1:3]
     out = _attention_output(q)
+    window = window if window < lk else 0  # then it is no limit
     if dropout_p:
         more = {"dropout_p": dropout_p, "seed": seed, "window": window, "softcap": softcap, "sinks": sinks}
         return out.copy_(reference.fused_attention_ref(q, k, v, causal=causal, scale=scale, **more))

@@ -278,7 +278,11 @@ def unpack_hqq(parts: Mapping[str, Tensor]) -> Unpacked:
         if name in parts:
             _require("hqq", name, _number(parts, name), wanted)
     _check_axis(_number(parts, "axis"))
-    packing = "".join(map(chr, parts["packing"].flatten().tolist()))
+    characters = parts["packing"]
+    is_text = characters.dtype in (torch.uint8, torch.int32, torch.int64)
+    if not is_text or bool(((characters < 0) | (characters > 127)).any()):
+        raise ValueError(f"packing must hold characters, got {characters.dtype} {tuple(characters.shape)}")
+    packing = "".join(map(chr, characters.flatten().tolist()))
     _require("hqq", "packing", packing, "4bit_u8")
     (n, k), g = _pair(parts, "shape"), _number(parts, "group_size")
     group_size = -1 if g == k else g

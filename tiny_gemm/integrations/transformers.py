@@ -124,7 +124,7 @@ class TinyGemmConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict, return_unused_kwargs=False, **kwargs):
-        if "format_version" not in config_dict:  # which save_pretrained always writes
+        if "bits" in config_dict:  # which `tiny-gemm quantize` writes and this class does not know
             raise ValueError(
                 "a directory that `tiny-gemm quantize` wrote is read by tiny_gemm.checkpoint.load; for transformers, "
                 "quantize with TinyGemmConfig and save_pretrained"
