@@ -23,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, help="default: SmolLM2")
     parser.add_argument("destination", nargs="?", type=Path, help="a directory that is new or empty")
-    parser.add_argument("--group-size", type=int, default=64, help="32, 64, 128, or -1 for one group a row")
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=64, help="32, 64, 128, or -1 for one group a row"
+    )
     arguments = parser.parse_args()
     source = arguments.model or smollm2.gguf()
     with tempfile.TemporaryDirectory() as temporary:
@@ -43,4 +45,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")

@@ -52,7 +52,9 @@ def main() -> None:
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
         sys.exit(f"needs {', '.join(missing)}: pip install 'tiny-gemm[serve]'")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
-    parser.add_argument("--group-size", type=int, default=64)  # must divide every layer's inputs; SmolLM2 has 576
+    parser.add_argument(
+        "--group-size", type=int, choices=(32, 64, 128, -1), default=64
+    )  # must divide every layer's inputs; SmolLM2 has 576
     arguments, others = parser.parse_known_args()
     from transformers.cli.transformers import app  # brings the server's own command line
 

@@ -22,7 +22,13 @@ def main() -> int:
     parser.add_argument("directory", nargs="?", help="a Hugging Face checkpoint; default: SmolLM2")
     parser.add_argument("--prompt", default="The capital of France is")
     parser.add_argument("--tokens", type=int, default=32)
-    parser.add_argument("--group-size", type=int, default=64, help="must divide every layer's inputs; SmolLM2 has 576")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        choices=(32, 64, 128, -1),
+        default=64,
+        help="must divide every layer's inputs; SmolLM2 has 576",
+    )
     parser.add_argument("--save", metavar="DIRECTORY")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
@@ -53,4 +59,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (ValueError, OSError) as e:
+        sys.exit(f"error: {e}")
