@@ -52,9 +52,8 @@ def main() -> None:
     if missing := [name for name in ("fastapi", "uvicorn", "openai") if find_spec(name) is None]:
         sys.exit(f"needs {', '.join(missing)}: pip install 'tiny-gemm[serve]'")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], add_help=False, allow_abbrev=False)
-    parser.add_argument(
-        "--group-size", type=int, choices=(32, 64, 128, -1), default=64
-    )  # must divide every layer's inputs; SmolLM2 has 576
+    group_sizes = 32, 64, 128, -1  # it must divide every layer's inputs; SmolLM2 has 576
+    parser.add_argument("--group-size", type=int, choices=group_sizes, default=64)
     arguments, others = parser.parse_known_args()
     from transformers.cli.transformers import app  # brings the server's own command line
 

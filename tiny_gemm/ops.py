@@ -720,7 +720,9 @@ def _check_scores(op: str, q_heads: int, window: int, softcap: float, sinks: Ten
             raise TypeError(f"{op}: sinks is {sinks.dtype}, it must be bfloat16, float16 or float32")
 
 
-def _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks) -> None:
+def _check_fused_attention(
+    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
+) -> None:
     op = "fused_attention"
     _check_tensors(op, q, {"k": k, "v": v, "sinks": sinks}, same_dtype=("k", "v"))
     if not q.dim() == k.dim() == v.dim() == 4:
@@ -746,17 +748,15 @@ def _attention_output(q: Tensor) -> Tensor:
     return q.new_empty((b, length, heads, d)).transpose(1, 2)
 
 
-def _fused_attention_fake(
-    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
-):
-    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
+def _fused_attention_fake(q, k, v, **options):
+    _check_fused_attention(q, k, v, **options)
     return _attention_output(q)
 
 
 def _fused_attention_cpu(
     q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
 ):
-    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
+    _check_fused_attention(q, k, v, causal=causal, dropout_p=dropout_p, window=window, softcap=softcap, sinks=sinks)
     b, q_heads, lq, d = q.shape
     kv_heads, lk = k.shape[1:3]
     out = _attention_output(q)
@@ -806,12 +806,9 @@ def _attend_in_chunks(out, q, k, v, causal, scale, window, softcap, sinks) -> Te
     return out
 
 
-def _fused_attention_cuda(
-    q, k, v, *, causal=False, scale=None, dropout_p=0.0, seed=0, window=0, softcap=0.0, sinks=None
-):
-    _check_fused_attention(q, k, v, causal, dropout_p, window, softcap, sinks)
-    more = {"dropout_p": dropout_p, "seed": seed, "window": window, "softcap": softcap, "sinks": sinks}
-    return _kernels().attention.fused_attention(q, k, v, causal=causal, scale=scale, **more)
+def _fused_attention_cuda(q, k, v, **options):
+    _check_fused_attention(q, k, v, **options)
+    return _kernels().attention.fused_attention(q, k, v, **options)
 
 
 _register(
@@ -870,8 +867,9 @@ def decode_attention(
 
 
 def _check_decode_attention(
-    q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse
-) -> None:
+    q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None,
+    *, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
+) -> None:  # fmt: skip
     op = "decode_attention"
     tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
     tensors |= {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "sinks": sinks, "lse": lse}
@@ -925,50 +923,24 @@ def _check_decode_attention(
         raise ValueError(f"{op}: k_cache has strides {k_strides} and v_cache {v_strides}; they must agree")
 
 
-def _decode_attention_fake(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    lengths,
-    rope_cos=None,
-    rope_sin=None,
-    *,
-    scale=None,
-    window=0,
-    softcap=0.0,
-    sinks=None,
-    lse=None,
-):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
+def _decode_attention_fake(q, *args, **options):
+    _check_decode_attention(q, *args, **options)
     return q.new_empty(q.shape)
 
 
 def _decode_attention_cpu(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    lengths,
-    rope_cos=None,
-    rope_sin=None,
-    *,
-    scale=None,
-    window=0,
-    softcap=0.0,
-    sinks=None,
-    lse=None,
-):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
+    q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None,
+    *, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
+):  # fmt: skip
+    options = {"window": window, "softcap": softcap, "sinks": sinks, "lse": lse}
+    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, **options)
     tensors = q, k, v, k_cache, v_cache
     rows = [tensors] if len(q) == 1 else zip(*(t.split(1) for t in tensors), strict=True)
-    more = (window, softcap, sinks) if softcap or sinks is not None or lse is not None else None
+    torch_can = not softcap and sinks is None and lse is None
     outputs = []
     for b, (n, row) in enumerate(zip(lengths.tolist(), rows, strict=True)):
         q_row, seen_k, seen_v = _append(max(n, 0), *row, rope_cos, rope_sin, window)
-        if more is None:
+        if torch_can:
             grouped = q_row.reshape(1, k.shape[1], -1, q.shape[2])  # a group's query heads share a KV head
             y = F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, *q.shape[1:])
         else:
@@ -1012,27 +984,9 @@ def _attend_in_float32(q, k, v, scale: float | None, softcap: float, sinks, lse)
     return ((scores - total).exp() @ v[0].float()).view(q.shape).to(q.dtype)
 
 
-def _decode_attention_cuda(
-    q,
-    k,
-    v,
-    k_cache,
-    v_cache,
-    lengths,
-    rope_cos=None,
-    rope_sin=None,
-    *,
-    scale=None,
-    window=0,
-    softcap=0.0,
-    sinks=None,
-    lse=None,
-):
-    _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, window, softcap, sinks, lse)
-    return _kernels().decode_attention.decode_attention(
-        q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin,
-        scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse,
-    )  # fmt: skip
+def _decode_attention_cuda(*args, **options):
+    _check_decode_attention(*args, **options)
+    return _kernels().decode_attention.decode_attention(*args, **options)
 
 
 _register(

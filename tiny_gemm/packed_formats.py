@@ -279,7 +279,7 @@ def unpack_hqq(parts: Mapping[str, Tensor]) -> Unpacked:
             _require("hqq", name, _number(parts, name), wanted)
     _check_axis(_number(parts, "axis"))
     characters = parts["packing"]
-    is_text = characters.dtype in (torch.uint8, torch.int32, torch.int64)
+    is_text = characters.dtype in (torch.uint8, *_INTEGERS)
     if not is_text or bool(((characters < 0) | (characters > 127)).any()):
         raise ValueError(f"packing must hold characters, got {characters.dtype} {tuple(characters.shape)}")
     packing = "".join(map(chr, characters.flatten().tolist()))
