@@ -141,17 +141,35 @@ def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, w
     return Work(arms, lambda out: relative_error(out.view(b, heads, d), oracle), 2 * BOUNDS[dtype])
 
 
-def _prefill(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
-    new = functools.partial(torch.randn, device=machine.device, dtype=dtype)
-    tensors = new(b, heads, n, d), new(b, kv_heads, n, d), new(b, kv_heads, n, d)
-    q, k, v = tensors
+def prefill_inputs(device, heads: int, kv_heads: int, d: int, b: int, Lq: int, Lk: int, dtype) -> tuple:
+    new = functools.partial(torch.randn, device=device, dtype=dtype)
+    return new(b, heads, Lq, d), new(b, kv_heads, Lk, d), new(b, kv_heads, Lk, d)
+
+
+def prefill_oracle(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+    """(select, oracle): the oracle of the first, middle and last CHECKED_ROWS queries, and what selects theirs of an
+    output. As many keys as queries, or more."""
+    n, past = q.shape[2], k.shape[2] - q.shape[2]
     starts = sorted({0, max(0, n // 2 - CHECKED_ROWS), max(0, n - CHECKED_ROWS)})
     parts = [slice(start, min(n, start + CHECKED_ROWS)) for start in starts]
-    select = lambda out: torch.cat([out[:, :, part] for part in parts], dim=2)  # noqa: E731
-    oracle = torch.cat(
-        [fused_attention_ref(q[:, :, p], k[:, :, : p.stop], v[:, :, : p.stop], causal=True) for p in parts], dim=2
-    )
-    nbytes, flops = 2 * q.nbytes + k.nbytes + v.nbytes, 2 * b * heads * n * n * d  # half of the scores are needed
+    seen = [part.stop + past if causal else k.shape[2] for part in parts]  # keys
+    oracle = [
+        fused_attention_ref(q[:, :, part], k[:, :, :keys], v[:, :, :keys], causal=causal)
+        for part, keys in zip(parts, seen, strict=True)
+    ]
+    return lambda out: torch.cat([out[:, :, part] for part in parts], dim=2), torch.cat(oracle, dim=2)
+
+
+def prefill_flops(q: Tensor, k: Tensor, causal: bool) -> int:
+    """Of the scores that are needed; causal, those of q's last queries against k need all but a triangle."""
+    b, heads, n, d = q.shape
+    return 4 * b * heads * (n * k.shape[2] - (n * n // 2 if causal else 0)) * d
+
+
+def _prefill(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
+    tensors = q, k, v = prefill_inputs(machine.device, heads, kv_heads, d, b, n, n, dtype)
+    select, oracle = prefill_oracle(q, k, v, True)
+    nbytes, flops = 2 * q.nbytes + k.nbytes + v.nbytes, prefill_flops(q, k, True)
     copies = [tensors, *(tuple(t.clone() for t in tensors) for _ in range(machine.copies(nbytes) - 1))]
     calls = lambda function: [functools.partial(function, *copy) for copy in copies]  # noqa: E731
     hidden = torch.ones(n, n, dtype=torch.bool, device=machine.device).triu(1)

@@ -12,33 +12,38 @@ row has the same bits in every batch, so the batch must not decide), and its mea
 of pick_config come from such runs; there is no table to install.
 """
 
-import argparse
 import functools
 import itertools
-import json
 import math
 import sys
 import time
-from dataclasses import asdict
-from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 
-from benchmarks.attention import DECODE_LENGTHS, HEADS, decode_inputs
+from benchmarks.attention import DECODE_LENGTHS, decode_inputs
 from benchmarks.cases import BOUNDS, relative_error
-from benchmarks.presets import model_config
-from benchmarks.results import environment, save
-from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
-from benchmarks.timing import Machine, measure_machine, time_us
+from benchmarks.sweeps import (
+    Heads,
+    SweepCase,
+    asked_heads,
+    attention_parser,
+    choosing,
+    compile_all,
+    heads_facts,
+    heads_name,
+    one_line,
+    parse,
+    run_cases,
+    time_configs,
+)
+from benchmarks.timing import Machine, measure_machine
 from tiny_gemm.device import DeviceFacts, device_facts
-from tiny_gemm.ops import HEAD_SIZES
 from tiny_gemm.reference import decode_attention_ref
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
-Heads = tuple[int, int, int]  # query heads, KV heads, head size
 MOST_SPLITS = 64  # as in pick_config
 
 
@@ -60,7 +65,7 @@ def candidates(
 
 def attend(config: DecodeAttentionConfig, *inputs: Tensor) -> Tensor:
     """decode_attention with `config` in place of what pick_config chooses."""
-    with mock.patch.object(decode, "pick_config", lambda *args, **kwargs: config):
+    with choosing(decode, config):
         return decode.decode_attention(*inputs)
 
 
@@ -85,9 +90,9 @@ def error_of(config: DecodeAttentionConfig, inputs: tuple[Tensor, ...], oracle: 
 
 
 def sweep_case(
-    heads: Heads, batch: int, length: int, filled: int, dtype: torch.dtype, configs: list, machine: Machine
+    heads: Heads, length: int, filled: int, dtype: torch.dtype, configs: list, machine: Machine, batch: int
 ) -> list[dict]:
-    """A row for each configuration that computes the right thing; pick_config's, the first of them, is `picked`."""
+    """A row for each configuration that computes the right thing."""
     inputs = decode_inputs(machine.device, *heads, batch, length, dtype, filled)
     oracle = decode_attention_ref(*inputs)
     q, _, _, k_cache, v_cache, *rest = inputs
@@ -98,67 +103,19 @@ def sweep_case(
     copies = [inputs, *((*(t.clone() for t in inputs[:5]), *rest) for _ in range(count - 1))]
     if count * nbytes < 2 * machine.l2_bytes:
         print(f"  {count} caches of {length} tokens with {filled} in them: part of them stays in L2", file=sys.stderr)
-    case = dict(zip(("heads", "kv_heads", "D"), heads, strict=True)) | {"B": batch, "L": length, "filled": filled}
-    case |= {"dtype": str(dtype).removeprefix("torch."), "floor_us": machine.floor_us(nbytes)}
-    rows = []
-    for config in configs:
-        try:
-            error = error_of(config, inputs, oracle)
-            if not error <= 2 * BOUNDS[dtype]:
-                print(f"  {config} is wrong by {error:.2g}", file=sys.stderr)
-                continue
-            us = time_us([functools.partial(attend, config, *copy) for copy in copies], machine)
-        except Exception as e:  # one that the GPU cannot launch
-            print(f"  {one_line(config, e)}", file=sys.stderr)
-            continue
-        picked = config == configs[0]
-        rows.append(case | {"us": us, "max_rel_err": error, "picked": picked} | {"config": asdict(config)})
-    return rows
-
-
-def best_over_batches(rows: list[dict]) -> dict | None:
-    """Of the rows of one heads and length: {"config", "picked", "gain"}, the gain over pick_config's in the geometric
-    mean over batches. None where pick_config's was not timed in all of them."""
-    batches = {row["B"] for row in rows}
-    times: dict[str, dict] = {}
-    for row in rows:
-        found = times.setdefault(json.dumps(row["config"]), {"picked": row["picked"], "us": {}})
-        found["us"][row["B"]] = row["us"]
-    means = {
-        key: math.exp(sum(map(math.log, found["us"].values())) / len(batches))
-        for key, found in times.items()
-        if found["us"].keys() == batches
-    }
-    picked = next((key for key in means if times[key]["picked"]), None)
-    if picked is None:
-        return None
-    best = min(means, key=means.__getitem__)
-    gain = means[picked] / means[best] - 1
-    return {"config": json.loads(best), "picked": json.loads(picked), "gain": round(gain, 3)}
-
-
-def heads_of(text: str) -> Heads:
-    try:
-        heads, kv_heads, d = map(int, text.split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like 32x8x128") from None
-    if min(heads, kv_heads) < 1 or heads % kv_heads or d not in HEAD_SIZES:
-        raise argparse.ArgumentTypeError(f"{text}: KV heads must divide query heads, and D be one of {HEAD_SIZES}")
-    return heads, kv_heads, d
+    rows = time_configs(
+        attend, configs, copies, lambda config: error_of(config, inputs, oracle), 2 * BOUNDS[dtype], machine
+    )
+    return [{"floor_us": machine.floor_us(nbytes)} | row for row in rows]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = sweep_parser(__doc__)
-    parser.add_argument("--heads", nargs="+", default=[], type=heads_of, metavar="HQxHKVxD")
+    parser = attention_parser(__doc__, batch_sizes=[1, 8])
     parser.add_argument("--lengths", type=int, nargs="+", default=DECODE_LENGTHS, metavar="L", help="of the caches")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="B")
     parser.add_argument("--filled", type=int, metavar="N", help="tokens in each cache, if not L - 1 or that is less")
     args = parse(parser, arguments)
     if min(*args.lengths, *args.batch_sizes) < 1 or (args.filled or 0) < 0:
         parser.error("lengths and batch sizes are at least 1, and --filled is not negative")
-    models = [model_config(model) for model in args.model]
-    shapes = [*args.heads, *((c.num_heads, c.num_kv_heads, c.head_dim) for c in models)] or HEADS
-    cases = list(itertools.product(dict.fromkeys(shapes), args.lengths))
 
     begin, dtype, device = time.time(), getattr(torch, args.dtype), torch.device("cuda", 0)
     facts = device_facts(device)
@@ -166,44 +123,21 @@ def main(arguments: list[str] | None = None) -> int:
         (heads, length): candidates(
             heads[1], heads[0] // heads[1], length, heads[2], dtype.itemsize, facts, quick=args.quick
         )
-        for heads, length in cases
+        for heads, length in itertools.product(asked_heads(args), args.lengths)
     }
     compile_all(compile_one, {(device, heads, dtype, c): None for (heads, _), found in configs.items() for c in found})
 
     machine = measure_machine(device)
-    about = environment(machine)
-    print(f"{about['gpu']}: roof {machine.roof_gbps:,.0f} GB/s; splits, warps, tiles")
-    rows, best = [], []
-    for heads, length in cases:
-        name = f"{heads[0]}/{heads[1]} D{heads[2]}"
+    print(f"{torch.cuda.get_device_name()}: roof {machine.roof_gbps:,.0f} GB/s; splits, warps, tiles")
+    cases = []
+    for (heads, length), found in configs.items():
         filled = length - 1 if args.filled is None else min(args.filled, length - 1)
-        of_all_batches: list[dict] = []
-        for batch in args.batch_sizes:
-            if time.time() - begin > args.deadline:
-                print(f"{name} L {length} B {batch}: not reached", file=sys.stderr)
-                continue
-            found = sweep_case(heads, batch, length, filled, dtype, configs[heads, length], machine)
-            torch.cuda.empty_cache()  # of the graphs' pools
-            of_all_batches += found
-            print(f"{name} L {length} filled {filled} B {batch}: {_summary(found)}", flush=True)
-            save(args.out, about, rows + of_all_batches)
-        rows += of_all_batches
-        over_all = best_over_batches(of_all_batches)
-        if over_all:
-            sizes = sorted({row["B"] for row in of_all_batches})
-            best.append({"heads": heads, "L": length, "filled": filled, "batch_sizes": sizes} | over_all)
-    print(json.dumps({"file": str(args.out), "seconds": round(time.time() - begin), "best": best}))
+        name = f"{heads_name(heads)} L {length} filled {filled}"
+        what = heads_facts(heads) | {"L": length, "filled": filled}
+        sweep = functools.partial(sweep_case, heads, length, filled, dtype, found, machine)
+        cases.append(SweepCase(name, what, sweep))
+    run_cases(cases, args, machine, begin)
     return 0
-
-
-def _summary(rows: list[dict]) -> str:
-    """Floor, pick_config's time, and the best four."""
-    if not rows:
-        return "nothing could be timed"
-    said = [f"{row['us']:.2f} {tuple(row['config'].values())}".replace("None", "-") for row in rows]
-    now = said[0] if rows[0]["picked"] else "failed"
-    best = sorted(range(len(rows)), key=lambda i: rows[i]["us"])[:4]
-    return f"floor {rows[0]['floor_us']:.2f} | now {now} | " + "; ".join(said[i] for i in best)
 
 
 if __name__ == "__main__":

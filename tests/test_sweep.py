@@ -10,12 +10,15 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks import sweep_decode_attention, sweep_int4_gemm
-from benchmarks.sweep_decode_attention import attend, best_over_batches, heads_of, sweep_case
+from benchmarks import sweep_decode_attention, sweep_fused_attention, sweep_int4_gemm, sweeps
+from benchmarks.sweep_decode_attention import attend, sweep_case
+from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
+from benchmarks.sweeps import best_over_batches, heads_of, summary
 from benchmarks.timing import Machine
 from tiny_gemm.quantize_utils import unit_k
-from tiny_gemm.triton_fused_transformer import decode_attention
+from tiny_gemm.triton_fused_transformer import attention, decode_attention
+from tiny_gemm.triton_fused_transformer.attention import AttentionConfig
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig, pick_config
 from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
 
@@ -70,6 +73,7 @@ def test_a_candidate_compiles(config, monkeypatch):
     [
         pytest.param(sweep_int4_gemm.main, ["--shapes", "2048x2048"], id="int4_gemm"),
         pytest.param(sweep_decode_attention.main, [], id="decode_attention"),
+        pytest.param(sweep_fused_attention.main, [], id="fused_attention"),
     ],
 )
 def test_without_a_gpu_it_says_so(main, arguments, monkeypatch, capsys):
@@ -119,8 +123,17 @@ def test_one_attention_configuration_serves_all_batches():
         for b, us in zip((1, 8), t, strict=False)
     ]
     assert best_over_batches(rows) == {"config": others[0], "picked": picked, "gain": 1.0}
+    assert best_over_batches([*rows, {"impl": "sdpa-flash", "B": 1, "us": 1}]) == best_over_batches(rows)
     assert best_over_batches(rows[:2]) == {"config": picked, "picked": picked, "gain": 0.0}
     assert best_over_batches(rows[2:]) is None and best_over_batches([]) is None, "nothing to compare with"
+
+
+CPU = Machine(torch.device("cpu"), 0, 1.0, 1.0)
+
+
+def count_calls(calls, machine):
+    """In the place of time_us."""
+    return len([call() for call in calls])
 
 
 @pytest.mark.interp
@@ -139,12 +152,11 @@ def test_attention_is_checked_before_it_is_timed(filled, monkeypatch, capsys):
 
     real = decode_attention.decode_attention
     monkeypatch.setattr(decode_attention, "decode_attention", launch)
-    monkeypatch.setattr(sweep_decode_attention, "time_us", lambda calls, machine: len([call() for call in calls]))
-    machine = Machine(torch.device("cpu"), 0, 1.0, 1.0)
-    rows = sweep_case((4, 2, 64), 2, 40, filled, torch.bfloat16, [right, wrong, failed], machine)
+    monkeypatch.setattr(sweeps, "time_us", count_calls)
+    rows = sweep_case((4, 2, 64), 40, filled, torch.bfloat16, [right, wrong, failed], CPU, 2)
     assert [(row["config"]["num_splits"], row["picked"]) for row in rows] == [(2, True)]
     assert rows[0]["floor_us"] == (2 * 2 * 4 * 64 * 2 + 2 * 2 * 2 * 64 * 2 * (filled + 1)) / 1e3
-    assert rows[0]["filled"] == filled and 0 <= rows[0]["max_rel_err"] < 1e-2 and rows[0]["us"] == 2
+    assert 0 <= rows[0]["max_rel_err"] < 1e-2 and rows[0]["us"] == 2
     said = capsys.readouterr().err
     assert f"{wrong} is wrong by 1" in said and f"{failed}: RuntimeError: out of registers\n" in said
     assert decode_attention.pick_config is pick_config
@@ -169,3 +181,78 @@ def test_attention_is_swept(tmp_path, capsys):
     assert {row["B"] for row in rows if row["picked"]} == {1, 2} and all(
         0 < row["floor_us"] < row["us"] for row in rows
     )
+    (picked,) = [row for row in rows if row["picked"] and row["B"] == 1]
+    assert picked["heads"] == 4 and picked["D"] == 64 and picked["L"] == 100 and picked["filled"] == 50
+
+
+def test_lengths_are_parsed():
+    assert lengths_of("512") == (512, 512) and lengths_of("256:2048") == (256, 2048)
+    for wrong in ("a", "1:2:3", "0", "20:10", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match="is not like 512 or 256:2048|at least"):
+            lengths_of(wrong)
+
+
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("target", ["sm_80", "sm_86", "sm_90", "gfx942"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_prefill_candidates_can_be_launched(head_dim, target, quick):
+    facts = aot.device_facts(target)
+    found = sweep_fused_attention.candidates(4, 512, head_dim, 2, facts, quick=quick)
+    assert found[0] == attention.pick_config(4 * 512, head_dim, 2, False, facts)
+    assert len(set(found)) == len(found) <= 12
+    block_d = triton.next_power_of_2(head_dim)
+    for c in found[1:]:
+        assert c.block_m >= 16 * c.num_warps, "each warp has rows of its own"
+        assert (c.block_m + 2 * c.block_n * c.num_stages) * block_d * 2 <= facts.shared_memory_bytes
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(("causal", "pairs"), [(True, 20 * 30 - 20 * 20 // 2), (False, 20 * 30)])
+def test_prefill_is_checked_before_it_is_timed(causal, pairs, monkeypatch, capsys):
+    right, wrong, failed = (AttentionConfig(16, n, 2, 1) for n in (16, 32, 64))
+
+    def launch(q, k, v, *, causal):
+        config = attention.pick_config()
+        if config == failed:
+            raise RuntimeError("out of shared memory")
+        out = real(q, k, v, causal=causal)
+        if config == wrong:
+            out[:, :, -1] = 0
+        return out
+
+    real = attention.fused_attention
+    monkeypatch.setattr(attention, "fused_attention", launch)
+    monkeypatch.setattr(sweeps, "time_us", count_calls)
+    configs = [right, wrong, failed]
+    (row,) = sweep_fused_attention.sweep_case((4, 2, 64), (20, 30), causal, torch.bfloat16, configs, CPU, 2)
+    assert row["config"]["block_n"] == 16 and row["picked"] and row["us"] == 2
+    assert row["tflops"] == 4 * 2 * 4 * 64 * pairs / 2 / 1e6 and 0 < row["max_rel_err"] < 1e-2
+    said = capsys.readouterr().err
+    assert f"{wrong} is wrong by " in said and f"{failed}: RuntimeError: out of shared memory\n" in said
+
+
+def test_the_summary_has_the_others_and_the_best():
+    row = {"floor_us": 1.0, "picked": False}
+    rows = [row | {"us": us, "picked": us == 3, "config": {"block_m": us}} for us in (3, 5, 2)]
+    rows.append({"floor_us": 1.0, "us": 4.0, "impl": "sdpa-flash"})
+    assert summary(rows) == "floor 1.00 | sdpa-flash 4.00 | now 3.00 (3,) | 2.00 (2,); 3.00 (3,); 5.00 (5,)"
+    assert summary(rows[1:]).startswith("floor 1.00 | sdpa-flash 4.00 | now failed | ")
+    assert summary(rows[3:]) == "nothing could be timed"
+
+
+@pytest.mark.gpu
+def test_prefill_is_swept(tmp_path, capsys):
+    out = tmp_path / "times.json"
+    arguments = ["--heads", "4x2x64", "--lengths", "100", "60:200", "--masks", "causal", "full", "--quick"]
+    assert sweep_fused_attention.main([*arguments, "--out", str(out)]) == 0
+    said = capsys.readouterr()
+    assert said.out.count("4/2 D64 60:200") == 2 and "wrong" not in said.err
+    best = json.loads(said.out.splitlines()[-1])["best"]
+    assert [(b["Lq"], b["Lk"], b["causal"]) for b in best] == [
+        (100, 100, True),
+        (100, 100, False),
+        (60, 200, True),
+        (60, 200, False),
+    ]
+    rows = json.loads(out.read_text())["cases"]
+    assert all(0 < row["floor_us"] < row["us"] for row in rows) and any(row.get("impl") for row in rows)
