@@ -204,6 +204,27 @@ def test_dropout_keeps_the_expectation(implementation):
     assert 0.7 * deviation < out.std() < 1.4 * deviation
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_dropout_drops_what_the_mask_says(implementation, causal):
+    """With values of an identity matrix an output is the row of probabilities: each is 0 or its own, times 1 / (1 - p),
+    and which one it is does not depend on where the kernel runs."""
+    fused_attention, device = implementation
+    dropout_p, seed, keys = 0.3, 2**35 + 11, 128
+    q, k, v = make_qkv(Case(4, 2, 100, keys, D=128, batch=2), torch.float16, device)
+    v = torch.eye(keys, device=device, dtype=v.dtype).expand_as(v)
+    options = {"causal": causal, "scale": 0.1}  # scores so close that no probability rounds to 0
+    out = fused_attention(q, k, v, dropout_p=dropout_p, seed=seed, **options)
+    whole = fused_attention_ref(q, k, v, **options)
+    keep = dropout_keep_mask(seed, dropout_p, 2, 4, 100, keys, device)
+    assert torch.equal(out != 0, keep & (whole > 0))
+    assert_close(out, torch.where(keep, whole / (1 - dropout_p), 0.0))
+    kept = keep.double()
+    for dim, what in ((0, "batches"), (1, "heads"), (2, "rows"), (3, "keys")):
+        rates = kept.mean([d for d in range(4) if d != dim])
+        bound = 5 * (dropout_p * (1 - dropout_p) * rates.numel() / kept.numel()) ** 0.5
+        assert (rates - (1 - dropout_p)).abs().max() < bound, f"the rate differs between {what}"
+
+
 def test_dropout_mask_statistics():
     keep = dropout_keep_mask(5, 0.3, 2, 4, 64, 128).double()
     assert abs(keep.mean() - 0.7) < 4 * (0.3 * 0.7 / keep.numel()) ** 0.5
@@ -230,13 +251,13 @@ def test_philox_is_tritons(device, seed):
 
 
 AOT_CASES = [
-    *[(target, 128, 4096, "") for target in aot.TARGETS],
+    *[(target, D, 4096, "") for D in (128, 256) for target in aot.TARGETS],
     *[(target, 64, 4096, "") for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
     ("sm_80", 96, 4096, ""),
-    ("sm_90", 256, 4096, ""),
     ("sm_90", 128, 64, ""),
     ("gfx942", 128, 16, ""),
     ("sm_80", 64, 4096, "dropout"),
+    *[(target, D, 4096, "dropout") for D in (128, 256) for target in aot.TARGETS],
     *[(target, 128, 4096, "window softcap sinks") for target in aot.TARGETS],
     ("sm_90", 64, 4096, "window softcap sinks"),
     ("sm_90", 256, 4096, "window softcap sinks"),
@@ -259,7 +280,9 @@ def test_compiles_for(target, D, rows, options):
     signature["sinks_ptr"] = "*bf16" if "sinks" in options else None
     unaligned = "Lq", "Lk", "seed"
     compiled = aot.compile_launch(launcher, target, signature, unaligned=unaligned, num_stages=config.num_stages)
-    aot.check(compiled)
+    spills = 32 if D == 256 and dropout else 0  # random numbers beside an output that wide: all of a thread's registers
+    aot.check(compiled, may_spill=spills > 0)
+    assert compiled.spills <= spills
     if target.startswith("sm_") and facts.has_pdl:
         assert compiled.assembly.index("ACQBULK") < compiled.assembly.index("LDG"), "nothing is read before the wait"
 
