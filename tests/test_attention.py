@@ -164,11 +164,13 @@ def test_row_without_a_visible_key_is_zero(implementation):
     assert (out[:, :, :20] == 0).all() and (out[:, :, 20:] != 0).any(-1).all()
 
 
-def test_scale_and_large_scores(implementation):
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0])
+def test_scale_and_large_scores(implementation, scale):
     fused_attention, device = implementation
     q, k, v = make_qkv(Case(2, 1, 17, 70), torch.float16, device)
     q = q * 30
-    assert_close(fused_attention(q, k, v, scale=0.5), fused_attention_ref(q, k, v, scale=0.5))
+    options = {"scale": scale, "causal": True}
+    assert_close(fused_attention(q, k, v, **options), fused_attention_ref(q, k, v, **options))
 
 
 def test_views_of_qkv_rows(implementation):

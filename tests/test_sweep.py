@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from types import SimpleNamespace
 
 import aot
@@ -14,7 +15,7 @@ from benchmarks import sweep_decode_attention, sweep_fused_attention, sweep_int4
 from benchmarks.sweep_decode_attention import attend, sweep_case
 from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
-from benchmarks.sweeps import best_over_batches, heads_of, summary
+from benchmarks.sweeps import SweepCase, best_over_batches, heads_of, run_cases, summary
 from benchmarks.timing import Machine
 from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_fused_transformer import attention, decode_attention
@@ -238,6 +239,24 @@ def test_the_summary_has_the_others_and_the_best():
     assert summary(rows) == "floor 1.00 | sdpa-flash 4.00 | now 3.00 (3,) | 2.00 (2,); 3.00 (3,); 5.00 (5,)"
     assert summary(rows[1:]).startswith("floor 1.00 | sdpa-flash 4.00 | now failed | ")
     assert summary(rows[3:]) == "nothing could be timed"
+
+
+def test_cases_are_swept_until_the_deadline(tmp_path, capsys):
+    row = {"floor_us": 1.0, "us": 2.0, "picked": True, "config": {"block_m": 64}}
+    case = SweepCase("4/2 D64", {"D": 64}, lambda batch: [row | {"us": float(batch)}])
+    args = argparse.Namespace(batch_sizes=[1, 2], deadline=60.0, out=tmp_path / "t.json", dtype="bfloat16")
+    run_cases([case], args, CPU, time.time())
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines == [f"4/2 D64 B {b}: floor 1.00 | now {b:.2f} (64,) | {b:.2f} (64,)" for b in (1, 2)]
+    (best,) = json.loads(last)["best"]
+    assert best == {"D": 64, "batch_sizes": [1, 2], "config": row["config"], "picked": row["config"], "gain": 0.0}
+    rows = json.loads(args.out.read_text())["cases"]
+    assert [(r["D"], r["B"], r["dtype"], r["us"]) for r in rows] == [(64, 1, "bfloat16", 1), (64, 2, "bfloat16", 2)]
+
+    run_cases([case], args, CPU, time.time() - 61)
+    said = capsys.readouterr()
+    assert said.err == "4/2 D64 B 1: not reached\n4/2 D64 B 2: not reached\n"
+    assert json.loads(said.out)["best"] == []
 
 
 @pytest.mark.gpu
