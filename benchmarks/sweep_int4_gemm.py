@@ -1,14 +1,15 @@
 """Finds the fastest DecodeConfig of the INT4 GEMM for each shape on this GPU, and writes a table of them.
 
     python -m benchmarks.sweep_int4_gemm --shapes 2048x2048 4096x4096 --out my-gpu.json       K x N
+    python -m benchmarks.sweep_int4_gemm --shapes 2048x8192 --gated --out my-gpu.json         of int4_gated_linear
     python -m benchmarks.sweep_int4_gemm --model Llama-3.2-1B --out my-gpu.json               a preset's projections
     TINY_GEMM_TABLE=my-gpu.json tiny-gemm generate ...                                         the library reads it
 
 Kernels are compiled by all processors side by side, then timed as in benchmarks/timing.py: CUDA graphs of calls over
-copies of the weight that exceed L2. The split of K must not depend on the number of rows (a row has the same bits in
-every batch), so for each shape the (warp_units, warps) is taken that is best over all --rows together, and within it
-the best block for up to 8 and for up to 16 rows. Where what pick_config chooses is as fast, the table has no entry.
-Symmetric weights; needs an NVIDIA GPU.
+copies of the weight that exceed L2. How K is cut must not depend on the number of rows (a row has the same bits in
+every batch), so for each shape the cut is taken that is best over all --rows together, and with it the best block for
+up to 8 and for up to 16 rows. Where what pick_config chooses is as fast, the table has no entry. Symmetric weights,
+unless --zeros asks for others, which get no entries; needs an NVIDIA GPU.
 """
 
 import itertools
@@ -16,7 +17,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
@@ -24,39 +25,52 @@ from benchmarks.presets import clone, group_size, projections, random_weight
 from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
 from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
-from tiny_gemm.device import device_facts
+from tiny_gemm.device import DeviceFacts, device_facts
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
-from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
+from tiny_gemm.triton_gemm import DecodeConfig
+
+REGISTERS = (64, 80, 96, 112, 128, 168, 255)
 
 
-def candidates(k: int, group: int, *, quick: bool) -> list[DecodeConfig]:
-    """Configurations worth timing for a weight with k columns."""
+def candidates(
+    k: int, n: int, group: int, m: int, facts: DeviceFacts, *, gated: bool = False, quick: bool = False
+) -> list[DecodeConfig]:
+    """Configurations worth timing for m rows and a weight of n rows and k columns."""
     unit = unit_k(k)
     units = math.ceil(k / unit)
+    x_tiles = 1 if m <= 8 else 2
     found = []
-    for row_tiles, warp_units, warps in itertools.product((1, 2, 4), (1, 2, 4), (2, 4, 8, 16)):
-        if warp_units < units_per_step(unit, group) or warp_units * warps >= 2 * units > 4:
+    for row_tiles, warp_units, warps, stages, splits in itertools.product(
+        (1, 2, 4), (1, 2), (4, 8, 16), (2, 3), (1, 2, 4)
+    ):
+        units_a_step = warp_units * warps
+        steps = math.ceil(units / units_a_step)
+        if units_a_step * unit < 2 * group or units_a_step >= 2 * units > 8 or stages > max(2, steps):
             continue
-        if row_tiles * warp_units > (4 if quick else 8):  # more registers than a thread has
+        if splits > 1 and (gated or steps < 2 * splits or math.ceil(n / (16 * row_tiles)) > 2 * facts.sm_count):
             continue
-        if quick and (warps == 2 or row_tiles == 4):
+        if quick and stages == 3 and row_tiles > 1:
             continue
-        for registers in (128,) if warps == 16 else (128, 168) if quick else (96, 128, 168, 255):
-            config = DecodeConfig(row_tiles, warp_units, warps, registers)
-            found.append(config)
-            if not config.is_one_step(k):
-                found.append(replace(config, prefetch=True))
+        held = 48 + 16 * warp_units * x_tiles + (1 + gated) * row_tiles * (8 * warp_units + 4 * x_tiles)
+        stage = (1 + gated) * row_tiles * units_a_step * 9 * unit  # bytes; a ninth more for the scales
+        registers = [r for r in REGISTERS if r >= held - 16 and r * warps * 32 <= 65536]
+        if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
+            limits = registers[1:2] or registers[:1] if quick else registers[:2]
+            found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits) for limit in limits]
     return found
 
 
 def compile_one(job: tuple) -> str | None:
     """Compiles a configuration into Triton's cache; returns what went wrong."""
-    m, n, k, group, dtype, config = job
+    m, n, k, group, symmetric, gated, dtype, config = job
     try:
         device = torch.device("cuda")
-        launcher = triton_gemm.plan(m, n, k, group, True, device_facts(device), config).launcher
-        tensors = dtype, torch.int16, torch.float16, *(None,) * 5, dtype  # x, w, s; no zeros, gate or bias; y
-        launcher.kernel.warmup(*tensors, m, n, k, k, grid=(1, 1), **launcher.meta)
+        activation = "silu" if gated else None
+        launch = triton_gemm.plan(m, n, k, group, symmetric, device_facts(device), config, activation)
+        weight = torch.int16, torch.float16, None if symmetric else torch.float32
+        scratch = (torch.float32, torch.int32) if launch.partials else (None, None)
+        tensors = dtype, *weight, *(weight if gated else (None,) * 3), None, dtype, *scratch
+        launch.launcher.kernel.warmup(*tensors, m, n, k, k, grid=(1, 1), **launch.launcher.meta)
     except Exception as e:
         return one_line(config, e)
     return None
@@ -66,22 +80,29 @@ Found = list[tuple[int, DecodeConfig | None, float]]  # m, configuration (None: 
 
 
 def sweep_shape(
-    weight: Int4Weight, configs: list[DecodeConfig], rows: list[int], dtype: torch.dtype, machine: Machine
+    weights: list[Int4Weight], configs: dict[int, list[DecodeConfig]], dtype: torch.dtype, machine: Machine
 ) -> Found:
-    """The time of each configuration that gives what pick_config's does."""
-    n, k = weight.shape
-    copies = [weight, *(clone(weight) for _ in range(machine.copies(weight.nbytes) - 1))]
+    """The time of each configuration for each number of rows that gives what pick_config's does. Two weights are those
+    of a gated pair."""
+    n, k = weights[0].shape
+    count = machine.copies(sum(w.nbytes for w in weights))
+    copies = [tuple(weights), *(tuple(map(clone, weights)) for _ in range(count - 1))]
     found: Found = []
-    for m in rows:
+    for m, for_m in configs.items():
         x = torch.randn(m, k, device=machine.device, dtype=dtype)
 
-        def call(w: Int4Weight, config: DecodeConfig | None, x: torch.Tensor = x):
-            return triton_gemm.int4_gemm(x, w.packed, w.scales, w.zeros, None, w.group_size, n, config)
+        def call(weights: tuple[Int4Weight, ...], config: DecodeConfig | None, x: torch.Tensor = x):
+            w = weights[0]
+            parts = w.packed, w.scales, w.zeros
+            if len(weights) == 1:
+                return triton_gemm.int4_gemm(x, *parts, None, w.group_size, n, config)
+            gate = weights[1].packed, weights[1].scales, weights[1].zeros
+            return triton_gemm.int4_gated_linear(x, *parts, *gate, w.group_size, n, "silu", config)
 
-        expected = call(weight, None).float()
-        for config in [None, *configs]:
+        expected = call(copies[0], None).float()
+        for config in [None, *for_m]:
             try:
-                error = (call(weight, config).float() - expected).norm() / expected.norm()
+                error = (call(copies[0], config).float() - expected).norm() / expected.norm()
                 if not error < 1e-2:
                     print(f"  {config} is wrong by {error:.2g}", file=sys.stderr)
                     continue
@@ -102,13 +123,13 @@ def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
     if default.keys() != set(rows):
         return []
     best, best_cost = [], math.prod(default[m] for members in limits.values() for m in members)
-    for split in {(c.warp_units, c.warps) for c in times}:
+    for cut in {c.cut for c in times}:
         chosen, cost = [], 1.0
         for limit, members in limits.items():
             costs = {
                 config: math.prod(us[m] for m in members)
                 for config, us in times.items()
-                if (config.warp_units, config.warps) == split and us.keys() >= set(members)
+                if config.cut == cut and us.keys() >= set(members)
             }
             if not costs:
                 cost = math.inf
@@ -124,6 +145,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = sweep_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=[], metavar="KxN")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1), help="of --shapes")
+    parser.add_argument("--gated", action="store_true", help="the shapes are of both weights of int4_gated_linear")
+    parser.add_argument("--zeros", action="store_true", help="asymmetric weights; no table, only times")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="M")
     args = parse(parser, arguments)
     shapes = {tuple(map(int, s.split("x"))): args.group_size for s in args.shapes}
@@ -133,31 +156,41 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("name --shapes or a --model")
 
     begin, dtype = time.time(), getattr(torch, args.dtype)
-    configs = {shape: candidates(shape[0], group, quick=args.quick) for shape, group in shapes.items()}
+    facts = device_facts(torch.device("cuda"))
+    configs = {
+        (k, n): {m: candidates(k, n, g, m, facts, gated=args.gated, quick=args.quick) for m in args.rows}
+        for (k, n), g in shapes.items()
+    }
     jobs = {}  # one for each kernel, not for each shape
     for (k, n), group in shapes.items():
-        for m, config in itertools.product(args.rows, configs[k, n]):
-            jobs[config, m > 8, config.is_one_step(k), unit_k(k), group] = m, n, k, group, dtype, config
+        for m, for_m in configs[k, n].items():
+            for config in for_m:
+                job = m, n, k, group, not args.zeros, args.gated, dtype, config
+                whole_steps = k % (config.warps * config.warp_units * unit_k(k)) == 0
+                jobs[config, m > 8, whole_steps, unit_k(k), group] = job
     compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))
-    print(f"{torch.cuda.get_device_name()}: roof {machine.roof_gbps:,.0f} GB/s")
-    table = {"gpu": torch.cuda.get_device_name(), "entries": []}
+    print(f"{facts.name}: roof {machine.roof_gbps:,.0f} GB/s; row tiles, warp units, warps, stages, registers, splits")
+    table = {"gpu": facts.name, "entries": []}
     timings = []
     for (k, n), group in shapes.items():
         if time.time() - begin > args.deadline:
             print(f"{k}x{n} and what follows: not reached", file=sys.stderr)
             break
-        weight = random_weight(n, k, group, machine.device).int4
-        found = sweep_shape(weight, configs[k, n], args.rows, dtype, machine)
+        weights = [
+            random_weight(n, k, group, machine.device, symmetric=not args.zeros).int4 for _ in range(1 + args.gated)
+        ]
+        found = sweep_shape(weights, configs[k, n], dtype, machine)
         torch.cuda.empty_cache()  # of the graphs' pools
         timings += [
             {"k": k, "n": n, "group_size": group, "m": m, "us": us, **(asdict(c) if c else {"default": True})}
             for m, c, us in found
         ]
-        for limit, config in best_of(found):
-            table["entries"].append({"k": k, "n": n, "group_size": group, "rows": limit, **asdict(config)})
-        floor = machine.floor_us(weight.nbytes)
+        for limit, config in [] if args.zeros else best_of(found):
+            entry = {"k": k, "n": n, "group_size": group, "gated": args.gated, "rows": limit}
+            table["entries"].append(entry | asdict(config))
+        floor = machine.floor_us(sum(w.nbytes for w in weights))
         for m in args.rows:
             best = sorted((us, str(tuple(asdict(c).values())) if c else "now") for rows, c, us in found if rows == m)
             print(f"{k}x{n} M {m}: floor {floor:.2f} |", "; ".join(f"{us:.2f} {c}" for us, c in best[:4]), flush=True)

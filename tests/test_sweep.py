@@ -21,20 +21,25 @@ from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_fused_transformer import attention, decode_attention
 from tiny_gemm.triton_fused_transformer.attention import AttentionConfig
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig, pick_config
-from tiny_gemm.triton_gemm import DecodeConfig, units_per_step
+from tiny_gemm.triton_gemm import DecodeConfig
 
-A, B, C = DecodeConfig(1, 2, 4, 128), DecodeConfig(2, 2, 4, 128), DecodeConfig(1, 4, 8, 128)
+A, B, C = DecodeConfig(1, 2, 4, 2, 128), DecodeConfig(2, 2, 4, 3, 128), DecodeConfig(1, 2, 4, 2, 128, splits=2)
 
 
 @pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("m", [1, 16])
 @pytest.mark.parametrize(("k", "group_size"), [(576, 32), (2048, 128), (14336, 128), (64, 64)])
-def test_candidates_can_be_launched(k, group_size, quick):
-    found = candidates(k, group_size, quick=quick)
+def test_candidates_can_be_launched(k, group_size, m, gated, quick):
+    facts = aot.device_facts("sm_90")
+    found = candidates(k, 4096, group_size, m, facts, gated=gated, quick=quick)
     assert found and len(set(found)) == len(found)
     for c in found:
-        assert c.warp_units >= units_per_step(unit_k(k), group_size), "whole pairs of groups"
+        step = c.warp_units * c.warps * unit_k(k)
+        assert step >= 2 * group_size, "two groups or more"
         assert c.max_registers * 32 * c.warps <= 65536
-        assert not c.prefetch or c.warps * c.warp_units * unit_k(k) < k, "one step leaves nothing to prefetch"
+        assert (c.stages - 1) * (1 + gated) * 16 * c.row_tiles * step // 2 < facts.shared_memory_bytes
+        assert c.splits == 1 or (not gated and c.splits * step <= k)
 
 
 def test_the_split_of_k_is_the_same_for_all_rows():
@@ -66,7 +71,8 @@ def test_a_candidate_compiles(config, monkeypatch):
     )
     monkeypatch.setattr(triton.runtime.driver, "_active", chip)
     monkeypatch.setattr(sweep_int4_gemm, "device_facts", lambda _: aot.device_facts("sm_90"))
-    assert sweep_int4_gemm.compile_one((8, 2048, 2048, 128, torch.bfloat16, config)) is None
+    for gated in (False, True) if config.splits == 1 else (False,):
+        assert sweep_int4_gemm.compile_one((8, 2048, 2048, 128, True, gated, torch.bfloat16, config)) is None
 
 
 @pytest.mark.parametrize(

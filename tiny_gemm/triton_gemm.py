@@ -5,17 +5,17 @@
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
 batch of 8 costs what a batch of 1 costs. There are two kernels:
 
-- `_int4_decode_kernel`, up to DECODE_ROWS rows and small and middling weights: these go from global memory straight
-  into the registers from which the tensor core reads them, 16 bytes a thread, with no shared memory in between
-  (`load_weights` says how). The warps of a block split K among them. What a block reads first does not depend on x, so
-  it is on its way before the kernel waits for the one that computes x.
-- `_int4_gemm_kernel`, larger weights, and more rows (prefill): the warps of a block own different rows of W and share x
-  through shared memory; K is split over SPLITS blocks, and the last of them to finish adds their partial sums.
+- `_int4_decode_kernel`, up to DECODE_ROWS rows: the warps of a block split K. Weights stream through a ring of stages
+  in shared memory, each thread reading back what it fetched itself. What is fetched first does not depend on x, so it
+  is on its way, or there, before the kernel waits for the one that computes x.
+- `_int4_gemm_kernel`, more rows (prefill): the warps of a block own different rows of W and share x through shared
+  memory.
 
-With more than DEQUANTIZE_ROWS rows W is dequantized once, and the product is cuBLAS's.
+Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
+sums. With more than DEQUANTIZE_ROWS rows W is dequantized once, and the product is cuBLAS's.
 
 Sums are added in a fixed order, whoever comes last: a row's bits do not depend on its batch, up to DECODE_ROWS rows.
-`int4_tile` is what the fused FFN is made of: K split over the warps of a block, through shared memory.
+`int4_tile` is what the fused FFN is made of: K split over the warps of a block.
 """
 
 import dataclasses
@@ -42,36 +42,51 @@ from tiny_gemm.quantize_utils import TILE_N, unit_k
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _unpack_asm(magic: str, subtract: str) -> tl.constexpr:
-    """For each plane, PTX that turns two int16 into two 16-bit floats; `magic` is the high byte of 2^mantissa bits."""
+UNPACKED = tl.constexpr(4.0)  # what a sum over unpacked weights is to be multiplied by: see _unpack_plane
+
+
+Recipe = tuple[str, str, str, str]  # mask, bits to or to what it leaves, factor, summand
+
+
+def _unpack_asm(fma: str, even: Recipe, odd: Recipe) -> tl.constexpr:
+    """For each plane, PTX that turns two int16 into two 16-bit floats: of bits 0 to 3 of a byte in even planes, and of
+    bits 4 to 7 in odd ones."""
     return tl.constexpr(
         tuple(
-            f"{{ .reg .b32 t, one, c; shr.u32 t, $1, {4 * plane}; "
-            f"lop3.b32 t, t, 0x000F000F, 0x{magic}00{magic}00, 0xEA; {subtract} }}"
-            for plane in range(4)
+            f"{{ .reg .b32 t, a, b; shr.u32 t, $1, {8 * (plane // 2)}; lop3.b32 t, t, {mask}, {bits}, 0xEA; "
+            f"mov.b32 a, {factor}; mov.b32 b, {summand}; {fma} $0, t, a, b; }}"
+            for plane, (mask, bits, factor, summand) in enumerate(2 * (even, odd))
         )
     )
 
 
-# sub.bf16x2 exists from sm_90 on only; t * 1 - 136 is the same one instruction on every chip that has bf16.
-_UNPACK_BF16 = _unpack_asm("43", "mov.b32 one, 0x3F803F80; mov.b32 c, 0xC308C308; fma.rn.bf16x2 $0, t, one, c;")
-_UNPACK_FP16 = _unpack_asm("64", "mov.b32 c, 0x64086408; sub.f16x2 $0, t, c;")
+_UNPACK_BF16 = _unpack_asm(
+    "fma.rn.bf16x2",
+    ("0x000F000F", "0x43004300", "0x3E803E80", "0xC208C208"),  # (128 + q) / 4 - 34
+    ("0x00F000F0", "0", "0x7F007F00", "0xC000C000"),  # 16 q * 2^-133, a subnormal number or a small one, * 2^127 - 2
+)
+_UNPACK_FP16 = _unpack_asm(
+    "fma.rn.f16x2",
+    ("0x000F000F", "0x64006400", "0x34003400", "0xDC08DC08"),  # (1024 + q) / 4 - 258
+    ("0x00F000F0", "0x64006400", "0x24002400", "0xCC80CC80"),  # (1024 + 16 q) / 64 - 18
+)
 
 
 @triton.jit
 def _unpack_plane(packed, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """Nibble PLANE (0 to 3) of every int16, minus 8, as bf16 or fp16: exact, for -8 to 7 fit either.
+    """Nibble PLANE (0 to 3) of every int16, minus 8 and over UNPACKED, as bf16 or fp16: exact.
 
-    On NVIDIA two at a time: or-ing a nibble into the bits of 128.0 (bf16) or 1024.0 (fp16) gives 128 + q or 1024 + q,
-    and subtracting 136 or 1032 leaves q - 8. Shift, lop3 and subtraction are 1.5 instructions a weight; a conversion
-    from int is more than the whole budget at full memory speed.
+    On NVIDIA two at a time, 1.1 instructions a weight: a mask leaves the nibbles where they are, in the mantissa's low
+    bits of a float, and an fma does the rest; only the upper two planes are shifted, together. The bits 4 to 7 of a
+    bf16 reach into its exponent; with all other bits zero they still are a number that is proportional to them. A
+    conversion from int is more than the whole budget at full memory speed.
     """
     if USE_ASM and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(_UNPACK_BF16[PLANE], "=r,r", [packed], tl.bfloat16, is_pure=True, pack=2)
     elif USE_ASM:
         return tl.inline_asm_elementwise(_UNPACK_FP16[PLANE], "=r,r", [packed], tl.float16, is_pure=True, pack=2)
     else:
-        return (((packed >> (4 * PLANE)) & 15) - 8).to(DTYPE)
+        return ((((packed >> (4 * PLANE)) & 15) - 8).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
 
 
 @triton.jit
@@ -147,214 +162,224 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _prefetch_units(w_ptr, block_n, first, end, N, K, ROW_TILES: tl.constexpr, UNIT: tl.constexpr):
-    """Asks L2 for the units from `first` up to `end` of ROW_TILES * 16 rows of a packed weight [N, K]."""
-    units = tl.cdiv(K, UNIT)
-    end = tl.minimum(end, units)
-    if first < end:
-        for t in tl.static_range(ROW_TILES):
-            tile = tl.minimum(block_n * ROW_TILES + t, tl.cdiv(N, 16) - 1).to(tl.int64)
-            prefetch_l2(w_ptr + (tile * units + first) * (4 * UNIT), (end - first) * (8 * UNIT))
+def add_warps(x, WARPS: tl.constexpr):
+    """[WARPS, R, C] -> [R, C]: the sum, by one exchange through shared memory (tl.sum takes two longer ones)."""
+    R: tl.constexpr = x.shape[1]
+    C: tl.constexpr = x.shape[2]
+    x = x.permute(1, 2, 0)
+    if WARPS == 1:
+        return x.reshape(R, C)
+    elif WARPS == 2:
+        a, b = tl.split(x)
+        return a + b
+    elif WARPS == 4:
+        a, b = tl.split(x.reshape(R, C, 2, 2))
+        a, b = tl.split(a + b)
+        return a + b
+    elif WARPS == 8:
+        a, b = tl.split(x.reshape(R, C, 2, 2, 2))
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+        return a + b
+    else:
+        tl.static_assert(WARPS == 16)
+        a, b = tl.split(x.reshape(R, C, 2, 2, 2, 2))
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+        a, b = tl.split(a + b)
+        return a + b
+
+
+# What a thread fetches of a weight is in the order in which it will be an operand of mma.sync, so that it comes back
+# from shared memory 16 bytes at a time and needs no other thread. Triton gives the dimension without gaps of a tensor
+# to a thread and spreads the other over lanes, warps and registers, in that order. Of each half tile (8 rows) lane
+# 4 r + t fetches UNIT / 16 neighbouring int16 of row r: stored columns t * UNIT / 16 and on. What it needs for the
+# product is columns 8 b + 2 t and 8 b + 2 t + 1 for each b; so stored column t * UNIT / 16 + 2 b + p is called column
+# 8 b + 2 t + p, of W and of x alike.
 
 
 @triton.jit
-def load_weights(
-    w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
-    s_ptr,  # [N / 16, PAIRS, 16, 2]
-    z_ptr,  # like s_ptr, or None
+def _weight_tile(
     block_n,  # which ROW_TILES * 16 rows of W
-    step,  # which WARPS * WARP_UNITS units of K
     N,
     K,
     ROW_TILES: tl.constexpr,
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     UNIT: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,  # -1: per-channel
 ):
-    """packed int16 [32, WARPS, 2 * ROW_TILES, WARP_UNITS, UNIT / 16], and the pairs of scales and of zeros
-    [32, WARPS, 2 * ROW_TILES, pairs of a warp], each pair one word (where there are none, anything).
+    """(offsets int64 [T, UNIT / 16], number of the unit [T, 1]) of the int16 that a step reads, those of step 0; T runs
+    over halves of tiles, units of a warp, warps and lanes, the last ones fastest. Tiles past N repeat the last one."""
+    i = tl.arange(0, 2 * ROW_TILES * WARP_UNITS * WARPS * 32)[:, None]
+    unit = i // 32 % WARPS * WARP_UNITS + i // (32 * WARPS) % WARP_UNITS
+    half = i // (32 * WARPS * WARP_UNITS)
+    tile = tl.minimum(block_n * ROW_TILES + half // 2, tl.cdiv(N, 16) - 1).to(tl.int64)
+    offs = (tile * tl.cdiv(K, UNIT) + unit) * (4 * UNIT) + half % 2 * (2 * UNIT) + i % 32 * (UNIT // 16)
+    return offs + tl.arange(0, UNIT // 16)[None, :], unit
 
-    The first dimension is the lane, the second the warp, the rest are registers: Triton gives the dimension without
-    gaps to a thread and spreads the others over lanes, warps and registers in their order. Of each half tile (8 rows)
-    lane 4 r + t loads 4 bytes a unit and nibble plane for row r: stored columns t * UNIT / 16 and on. What it needs for
-    the product is columns 8 b + 2 t and 8 b + 2 t + 1 for each b; so int4_product calls stored column
-    t * UNIT / 16 + 2 b + p column 8 b + 2 t + p, of W and of x alike, and nothing moves between threads.
-    """
-    E: tl.constexpr = UNIT // 16  # int16 a lane and half tile
-    units = tl.cdiv(K, UNIT)
-    lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    half = tl.arange(0, 2 * ROW_TILES)[None, None, :, None]
-    tile = block_n * ROW_TILES + half // 2
-    in_n = tile < tl.cdiv(N, 16)
-    unit = (step * WARPS + warp) * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :]
-    w_offs = (tile.to(tl.int64) * units + unit) * (4 * UNIT) + half % 2 * (2 * UNIT) + lane * E
-    in_w = in_n & (unit < units)
-    packed = tl.load(w_ptr + w_offs[:, :, :, :, None] + tl.arange(0, E), mask=in_w[:, :, :, :, None], other=0)
-    scales, zeros = packed, packed
-    if GROUP_SIZE != -1:
-        PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp
-        pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
-        pair = (step * WARPS + warp) * PAIRS + tl.arange(0, PAIRS)[None, None, None, :]
-        s_offs = (tile.to(tl.int64) * pairs + pair) * 16 + half % 2 * 8 + lane // 4
-        in_s = in_n & (pair < pairs)
-        scales = tl.load(_pair_ptr(s_ptr) + s_offs, mask=in_s, other=0)
-        if z_ptr is not None:
-            zeros = tl.load(_pair_ptr(z_ptr) + s_offs, mask=in_s, other=0)
-    return packed, scales, zeros
+
+@triton.jit
+def _pairs_tile(
+    block_n,
+    N,
+    K,
+    ROW_TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    PAIRS: tl.constexpr,  # a warp; 0: half a one
+    GROUP_SIZE: tl.constexpr,
+):
+    """(offsets int64 [T], number of the pair [T]) of the pairs of scales, or zeros, that a step reads, those of step 0;
+    T runs over halves of tiles, pairs of a warp, warps and lanes. The four lanes of a row read the same."""
+    EACH: tl.constexpr = max(PAIRS, 1)
+    i = tl.arange(0, 2 * ROW_TILES * EACH * WARPS * 32)
+    warp = i // 32 % WARPS
+    pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i // (32 * WARPS) % PAIRS
+    half = i // (32 * WARPS * EACH)
+    tile = tl.minimum(block_n * ROW_TILES + half // 2, tl.cdiv(N, 16) - 1).to(tl.int64)
+    pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
+    return (tile * pairs + pair) * 16 + half % 2 * 8 + i % 32 // 4, pair
 
 
 @triton.jit
 def _group_factor(
-    pairs,
+    pairs,  # as _pairs_tile reads them
     group: tl.constexpr,
     GROUPS: tl.constexpr,
+    PAIRS: tl.constexpr,
     DTYPE: tl.constexpr,
     ROW_TILES: tl.constexpr,
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The scale (or zero) of group `group` of GROUPS in every unit, of load_weights' pairs, as fp32
-    [WARP_UNITS, WARPS, 2 * ROW_TILES, 8, 1, 4, 1]."""
-    if GROUPS == 1:  # a pair is that of two units
-        low, high = _split_pairs(pairs, DTYPE)
-        factor = tl.join(low, high).reshape(32, WARPS, 2 * ROW_TILES, WARP_UNITS)
+    """The scale (or zero) of group `group` of GROUPS in every unit, as fp32 [WARP_UNITS, WARPS, ROW_TILES, 2, 8, 1, 4,
+    1]."""
+    if GROUPS == 4:
+        pairs = pairs.reshape(2 * ROW_TILES, WARP_UNITS, 2, WARPS, 32).permute(0, 1, 3, 4, 2)
+        first, second = tl.split(pairs)
+        pairs = first if group < 2 else second
+    low, high = _split_pairs(pairs, DTYPE)
+    if PAIRS == 0:  # one group a warp: the first or the second of a pair
+        is_first = tl.arange(0, 2 * ROW_TILES * WARPS * 32) // 32 % 2 == 0
+        factor = tl.where(is_first, low, high)
+    elif GROUPS == 1:  # a pair is that of two units
+        factor = tl.join(low, high).reshape(2 * ROW_TILES, PAIRS, WARPS, 32, 2).permute(0, 1, 4, 2, 3)
     else:
-        if GROUPS == 4:
-            first, second = tl.split(pairs.reshape(32, WARPS, 2 * ROW_TILES, WARP_UNITS, 2))
-            pairs = first if group < 2 else second
-        low, high = _split_pairs(pairs, DTYPE)
         factor = low if group % 2 == 0 else high
-    factor = factor.reshape(8, 4, WARPS, 2 * ROW_TILES, WARP_UNITS).permute(4, 2, 3, 0, 1)
-    return factor[:, :, :, :, None, :, None]
+    factor = factor.reshape(ROW_TILES, 2, WARP_UNITS, WARPS, 8, 4).permute(2, 3, 0, 1, 4, 5)
+    return factor[:, :, :, :, :, None, :, None]
+
+
+@triton.jit
+def _load_plane(
+    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
+    block_m,
+    step,
+    PLANE: tl.constexpr,
+    M,
+    K,
+    stride_xm,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_TILES: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """What meets nibble PLANE of the weights of a step: [WARP_UNITS * WARPS, UNIT / 4, 8 * X_TILES], columns renamed as
+    those of W, and zero from K on."""
+    E: tl.constexpr = UNIT // 16
+    lane = tl.arange(0, 32)[:, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None, None]
+    row = block_m * (8 * X_TILES) + lane // 4 + 8 * tl.arange(0, X_TILES)[None, None, :, None, None]
+    unit = (step * WARPS + warp) * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :, None]
+    k = unit * UNIT + PLANE * (UNIT // 4) + lane % 4 * E + tl.arange(0, E)
+    is_there = row < M if WHOLE_STEPS else (row < M) & (k < K)
+    x = tl.load(x_ptr + row.to(tl.int64) * stride_xm + k, mask=is_there, other=0.0)
+    x = x.reshape(8, 4, WARPS, X_TILES, WARP_UNITS, E // 2, 2)  # r, t, warp, tile, unit, b, p
+    return x.permute(4, 2, 5, 1, 6, 3, 0).reshape(WARP_UNITS * WARPS, UNIT // 4, 8 * X_TILES)
 
 
 @triton.jit
 def _multiply_step(
-    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
-    packed,
+    planes,  # x as _load_plane gives it, four of them
+    packed,  # as _weight_tile and _pairs_tile read them
     scales,
     zeros,
     s_ptr,
     z_ptr,
     total,
     x_total,
-    block_m,
-    step,
-    M,
-    K,
-    stride_xm,
     ROW_TILES: tl.constexpr,
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """Adds x times what load_weights loaded for this step to `total`, and for zeros per channel the sums of x to
-    `x_total`; both fp32 [WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2]. Columns past K have x = 0."""
+    """Adds x times a step's weights, over UNPACKED, to `total`, fp32 [WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], and for
+    zeros per channel the sums of x to `x_total`, the same in every row of its only tile."""
     COLS: tl.constexpr = UNIT // 4
-    E: tl.constexpr = UNIT // 16
     ROWS: tl.constexpr = 16 * ROW_TILES
     BATCH: tl.constexpr = WARP_UNITS * WARPS
     BLOCK_M: tl.constexpr = 8 * X_TILES
     GROUP: tl.constexpr = UNIT if GROUP_SIZE == -1 else GROUP_SIZE
-    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-
-    # [warp units * warps, rows, columns] in the order of columns that load_weights tells
-    packed = packed.reshape(8, 4, WARPS, 2 * ROW_TILES, WARP_UNITS, E // 2, 2)
-    packed = packed.permute(4, 2, 3, 0, 5, 1, 6).reshape(BATCH, ROWS, COLS)
-    offs_m = tl.arange(0, 8)[:, None, None, None, None] + 8 * tl.arange(0, X_TILES)[None, None, :, None, None]
-    offs_m += block_m * BLOCK_M
-    unit = step * WARPS + tl.arange(0, WARPS)[None, :, None, None, None]
-    unit = unit * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :, None]
-    ones = tl.full([BATCH, ROWS, COLS], 1.0, DTYPE)
+    DTYPE: tl.constexpr = planes[0].dtype
+    packed = packed.reshape(2 * ROW_TILES, WARP_UNITS, WARPS, 8, 4, UNIT // 32, 2)  # half, unit, warp, r, t, b, p
+    packed = packed.permute(1, 2, 0, 3, 5, 4, 6).reshape(BATCH, ROWS, COLS)
+    ones = tl.full([BATCH, 16, COLS], 1.0, DTYPE)
 
     partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
-    x_sum = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+    x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
     for plane in tl.static_range(4):
-        k = unit * UNIT + plane * COLS + tl.arange(0, COLS)  # [1, WARPS, 1, WARP_UNITS, COLS]
-        x = tl.load(x_ptr + offs_m.to(tl.int64) * stride_xm + k, mask=(offs_m < M) & (k < K), other=0.0)
-        x = x.reshape(8, WARPS, X_TILES, WARP_UNITS, 4, E // 2, 2)
-        x = x.permute(3, 1, 5, 4, 6, 2, 0).reshape(BATCH, COLS, BLOCK_M)
+        x = planes[plane]
         partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
         if z_ptr is not None:
-            x_sum = tl.dot(ones, x, x_sum)  # the sum over k, the same in every row, in the layout of partial
+            x_sum = tl.dot(ones, x, x_sum)  # the sum over k, in the layout of a tile of partial
         if (plane + 1) * COLS % GROUP == 0:  # a group ends here
-            sums = partial.reshape(WARP_UNITS, WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2)
-            x_sums = x_sum.reshape(WARP_UNITS, WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2)
+            sums = partial.reshape(WARP_UNITS, WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2)
+            x_sums = x_sum.reshape(WARP_UNITS, WARPS, 1, 2, 8, X_TILES, 4, 2)
             if GROUP_SIZE == -1:
                 total += tl.sum(sums, 0)
                 x_total += tl.sum(x_sums, 0)
             else:
                 if z_ptr is not None:
                     zero = _group_factor(
-                        zeros, plane * COLS // GROUP, UNIT // GROUP, z_ptr.dtype.element_ty,
+                        zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
                         ROW_TILES, WARP_UNITS, WARPS,
                     )  # fmt: skip
-                    sums -= (zero - 8.0) * x_sums
+                    sums -= (zero - 8.0) * (1.0 / UNPACKED) * x_sums
                 scale = _group_factor(
-                    scales, plane * COLS // GROUP, UNIT // GROUP, s_ptr.dtype.element_ty, ROW_TILES, WARP_UNITS, WARPS
-                )
+                    scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
+                    ROW_TILES, WARP_UNITS, WARPS,
+                )  # fmt: skip
                 total += tl.sum(sums * scale, 0)
             partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
-            x_sum = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
+            x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
     return total, x_total
 
 
 @triton.jit
-def int4_product(
-    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
-    packed,  # what load_weights loaded for step 0
-    scales,
-    zeros,
-    w_ptr,
-    s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
+def _sum_of_block(
+    total,  # of all steps
+    x_total,
+    s_ptr,
     z_ptr,
     block_n,
-    block_m,
-    M,
     N,
-    K,
-    stride_xm,
-    ROW_TILES: tl.constexpr,
-    WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
-    X_TILES: tl.constexpr,
-    ONE_STEP: tl.constexpr,  # K ends with step 0
-    UNIT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    USE_ASM: tl.constexpr,
 ):
-    """W[block_n's rows] @ x[block_m's rows].T -> fp32 [16 * ROW_TILES, 8 * X_TILES]. Each step's weights are
-    asked for before those of the step before are multiplied."""
-    ROWS: tl.constexpr = 16 * ROW_TILES
-    BLOCK_M: tl.constexpr = 8 * X_TILES
-    total = tl.zeros([WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2], tl.float32)
-    x_total = tl.zeros([WARPS, 2 * ROW_TILES, 8, X_TILES, 4, 2], tl.float32)
-    if ONE_STEP:
-        total, x_total = _multiply_step(
-            x_ptr, packed, scales, zeros, s_ptr, z_ptr, total, x_total, block_m, 0, M, K, stride_xm,
-            ROW_TILES, WARP_UNITS, WARPS, X_TILES, UNIT, GROUP_SIZE, USE_ASM,
-        )  # fmt: skip
-    else:
-        for step in tl.range(0, tl.cdiv(tl.cdiv(K, UNIT), WARP_UNITS * WARPS), num_stages=1):
-            next_packed, next_scales, next_zeros = load_weights(
-                w_ptr, s_ptr, z_ptr, block_n, step + 1, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
-            )
-            total, x_total = _multiply_step(
-                x_ptr, packed, scales, zeros, s_ptr, z_ptr, total, x_total, block_m, step, M, K, stride_xm,
-                ROW_TILES, WARP_UNITS, WARPS, X_TILES, UNIT, GROUP_SIZE, USE_ASM,
-            )  # fmt: skip
-            packed, scales, zeros = next_packed, next_scales, next_zeros
-    acc = tl.sum(total, 0).reshape(ROWS, BLOCK_M)
+    """What the warps of a block have, added up: fp32 [ROWS, BLOCK_M]."""
+    acc = add_warps(total.reshape(WARPS, ROWS, BLOCK_M), WARPS) * UNPACKED
     if GROUP_SIZE == -1:
         rows = tl.minimum(block_n * ROWS + tl.arange(0, ROWS), N - 1)  # one scale a row, so in the order of the rows
         if z_ptr is not None:
             zero = tl.load(z_ptr + rows).to(tl.float32)[:, None]
-            acc -= (zero - 8.0) * tl.sum(x_total, 0).reshape(ROWS, BLOCK_M)
+            x_sum = tl.max(add_warps(x_total.reshape(WARPS, 16, BLOCK_M), WARPS), 0)  # its rows are alike
+            acc -= (zero - 8.0) * x_sum[None, :]
         acc *= tl.load(s_ptr + rows).to(tl.float32)[:, None]
     return acc
 
@@ -436,13 +461,13 @@ def int4_tile(
                             if HAS_ZEROS:
                                 zero = next_zero
                         if HAS_ZEROS:
-                            partial -= (zero - 8.0)[:, :, None] * x_sum
+                            partial -= ((zero - 8.0) * (1.0 / UNPACKED))[:, :, None] * x_sum
                             x_sum = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
                         acc += scale[:, :, None] * partial
                         partial = tl.zeros([SLICES, BLOCK_N, BLOCK_M], tl.float32)
             if GROUP_SIZE == -1:
                 acc += partial
-    out = tl.sum(acc, 0)  # [BLOCK_N, BLOCK_M]
+    out = tl.sum(acc, 0) * UNPACKED  # [BLOCK_N, BLOCK_M]
     if GROUP_SIZE == -1:
         if HAS_ZEROS:
             out -= (tl.load(z_ptr + s_rows).to(tl.float32) - 8.0)[:, None] * tl.sum(x_sum, 0)
@@ -474,6 +499,8 @@ def _int4_decode_kernel(
     gate_z_ptr,
     bias_ptr,  # [N] or None; not with a gate
     y_ptr,  # [M, N], contiguous
+    partial_ptr,  # as in store_split; None with one split
+    counter_ptr,
     M,
     N,
     K,
@@ -482,41 +509,88 @@ def _int4_decode_kernel(
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
-    ONE_STEP: tl.constexpr,
+    SPLITS: tl.constexpr,  # 1 with a gate
+    WHOLE_STEPS: tl.constexpr,  # K ends with a step
+    STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ACTIVATION: tl.constexpr,  # of the gate
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,  # only with PDL
 ):
-    """Few rows of x: a block owns 16 * ROW_TILES rows of W and all of K, which its warps split among them."""
-    block_m = tl.program_id(0)
+    """Few rows of x: a block owns 16 * ROW_TILES rows of W and a SPLITS-th of K, which its warps split among them."""
+    ROWS: tl.constexpr = 16 * ROW_TILES
+    BLOCK_M: tl.constexpr = 8 * X_TILES
+    PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
+    STEP_PAIRS: tl.constexpr = WARPS * WARP_UNITS * UNIT // GROUP_SIZE // 2
+    split = tl.program_id(0) % SPLITS
+    block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
-    if PREFETCH:  # what the first step leaves
-        _prefetch_units(w_ptr, block_n, WARPS * WARP_UNITS, 2**30, N, K, ROW_TILES, UNIT)
+    units = tl.cdiv(K, UNIT)
+    steps = tl.cdiv(units, WARPS * WARP_UNITS)
+    per_split = tl.cdiv(steps, SPLITS)
+    last = tl.minimum(split * per_split + per_split, steps)
+
+    w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
+    if GROUP_SIZE != -1:
+        s_offs, s_pair = _pairs_tile(block_n, N, K, ROW_TILES, WARPS, PAIRS, GROUP_SIZE)
+        pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
+    total = tl.zeros([WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], tl.float32)
+    x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
+    gate_total, gate_x_total = total, x_total
+    for step in tl.range(split * per_split, last, num_stages=STAGES):
+        in_w, in_s = None, None  # where K ends within a step, what is past it is zero
+        if not WHOLE_STEPS:
+            in_w = step * (WARPS * WARP_UNITS) + w_unit < units
+        w_step = w_offs + step * (WARPS * WARP_UNITS * 4 * UNIT)
+        packed = tl.load(w_ptr + w_step, mask=in_w)
+        scales, zeros, gate_packed, gate_scales, gate_zeros = packed, packed, packed, packed, packed
         if gate_ptr is not None:
-            _prefetch_units(gate_ptr, block_n, WARPS * WARP_UNITS, 2**30, N, K, ROW_TILES, UNIT)
-    packed, scales, zeros = load_weights(
-        w_ptr, s_ptr, z_ptr, block_n, 0, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
-    )
+            gate_packed = tl.load(gate_ptr + w_step, mask=in_w)
+        if GROUP_SIZE != -1:
+            if not WHOLE_STEPS:
+                in_s = step * STEP_PAIRS + s_pair < pairs
+            s_step = s_offs + step * (STEP_PAIRS * 16)
+            scales = tl.load(_pair_ptr(s_ptr) + s_step, mask=in_s)
+            if z_ptr is not None:
+                zeros = tl.load(_pair_ptr(z_ptr) + s_step, mask=in_s)
+            if gate_ptr is not None:
+                gate_scales = tl.load(_pair_ptr(gate_s_ptr) + s_step, mask=in_s)
+                if z_ptr is not None:
+                    gate_zeros = tl.load(_pair_ptr(gate_z_ptr) + s_step, mask=in_s)
+        # The pipeline fetches the loads above ahead, those of the first stages before the loop and so before the wait.
+        # It does not look into a branch: what is read in here is read when its turn comes, after the wait.
+        if step < last:
+            if step == split * per_split:
+                wait_for_previous(PDL)
+            planes = (
+                _load_plane(x_ptr, block_m, step, 0, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
+                _load_plane(x_ptr, block_m, step, 1, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
+                _load_plane(x_ptr, block_m, step, 2, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
+                _load_plane(x_ptr, block_m, step, 3, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
+            )
+            total, x_total = _multiply_step(
+                planes, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
+                ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
+            )  # fmt: skip
+            if gate_ptr is not None:
+                gate_total, gate_x_total = _multiply_step(
+                    planes, gate_packed, gate_scales, gate_zeros, gate_s_ptr, gate_z_ptr, gate_total, gate_x_total,
+                    ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
+                )  # fmt: skip
+
+    acc = _sum_of_block(total, x_total, s_ptr, z_ptr, block_n, N, WARPS, ROWS, BLOCK_M, GROUP_SIZE)
     if gate_ptr is not None:
-        gate_packed, gate_scales, gate_zeros = load_weights(
-            gate_ptr, gate_s_ptr, gate_z_ptr, block_n, 0, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT, GROUP_SIZE
+        gate = _sum_of_block(
+            gate_total, gate_x_total, gate_s_ptr, gate_z_ptr, block_n, N, WARPS, ROWS, BLOCK_M, GROUP_SIZE
         )
-    wait_for_previous(PDL)
-    acc = int4_product(
-        x_ptr, packed, scales, zeros, w_ptr, s_ptr, z_ptr, block_n, block_m, M, N, K, stride_xm,
-        ROW_TILES, WARP_UNITS, WARPS, X_TILES, ONE_STEP, UNIT, GROUP_SIZE, USE_ASM,
-    )  # fmt: skip
-    if gate_ptr is not None:
-        gate = int4_product(
-            x_ptr, gate_packed, gate_scales, gate_zeros, gate_ptr, gate_s_ptr, gate_z_ptr, block_n, block_m,
-            M, N, K, stride_xm, ROW_TILES, WARP_UNITS, WARPS, X_TILES, ONE_STEP, UNIT, GROUP_SIZE, USE_ASM,
-        )  # fmt: skip
         acc *= activate(gate, ACTIVATION)
-    offs_n = block_n * (16 * ROW_TILES) + tl.arange(0, 16 * ROW_TILES)
-    store_tile(acc, bias_ptr, y_ptr, offs_n, block_m * (8 * X_TILES) + tl.arange(0, 8 * X_TILES), M, N)
+    if SPLITS > 1:  # one that has no step must not write early either
+        wait_for_previous(PDL)
+    out_tile = block_m * tl.num_programs(1) + block_n
+    offs_n = block_n * ROWS + tl.arange(0, ROWS)
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, offs_n, offs_m, M, N, SPLITS)
 
 
 @triton.jit
@@ -529,6 +603,42 @@ def store_tile(acc, bias_ptr, y_ptr, offs_n, offs_m, M, N):
     tl.store(y_ptrs, acc.to(y_ptr.dtype.element_ty), mask=mask_n[:, None] & (offs_m < M)[None, :])
 
 
+@triton.jit
+def store_split(
+    acc,  # fp32 [BLOCK_N, BLOCK_M], of one split of K
+    bias_ptr,
+    y_ptr,
+    partial_ptr,  # fp32 [output tiles, SPLITS, BLOCK_N, BLOCK_M]; None with one split
+    counter_ptr,  # int32 [output tiles], zero before and after; None with one split
+    out_tile,
+    split,
+    offs_n,
+    offs_m,
+    M,
+    N,
+    SPLITS: tl.constexpr,
+):
+    """store_tile of the sum over all SPLITS blocks of an output tile, by the last of them to arrive."""
+    if SPLITS == 1:
+        store_tile(acc, bias_ptr, y_ptr, offs_n, offs_m, M, N)
+    else:
+        BLOCK_N: tl.constexpr = acc.shape[0]
+        BLOCK_M: tl.constexpr = acc.shape[1]
+        partial_ptr += out_tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
+        offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs, acc)
+        # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all
+        # of them, and it reads past L1, which may hold lines from before.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr + out_tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == SPLITS - 1:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+            for s in tl.static_range(SPLITS):  # in one order, whoever came last
+                total += tl.load(partial_ptr + s * (BLOCK_N * BLOCK_M) + offs, cache_modifier=".cg")
+            store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
+            tl.store(counter_ptr + out_tile, 0)
+
+
 @triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
 def _int4_gemm_kernel(
     x_ptr,  # [M, K]
@@ -537,8 +647,8 @@ def _int4_gemm_kernel(
     z_ptr,  # like s_ptr, or None
     bias_ptr,  # [N] or None
     y_ptr,  # [M, N], contiguous
-    partial_ptr,  # fp32 [blocks of M, blocks of N, SPLITS, BLOCK_N, BLOCK_M]; None with one split
-    counter_ptr,  # int32 [blocks of M, blocks of N], zero before and after; None with one split
+    partial_ptr,  # as in store_split; None with one split
+    counter_ptr,
     M,
     N,
     K,
@@ -551,10 +661,9 @@ def _int4_gemm_kernel(
     STAGES: tl.constexpr,
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
-    PREFETCH: tl.constexpr,  # only with PDL
 ):
-    """The warps of a block own rows of W and share x, K is split over blocks. Blocks that share rows of W are
-    neighbours: in prefill W comes from L2."""
+    """Many rows of x: the warps of a block own rows of W and share x, K is split over blocks. Blocks that share rows of
+    W are neighbours: in prefill W comes from L2."""
     COLS: tl.constexpr = UNIT // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HAS_ZEROS: tl.constexpr = z_ptr is not None
@@ -567,9 +676,6 @@ def _int4_gemm_kernel(
     block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
 
-    if PREFETCH:
-        first = split * per_split * STEP
-        _prefetch_units(w_ptr, block_n, first, first + per_split * STEP, N, K, BLOCK_N // 16, UNIT)
     wait_for_previous(PDL)
 
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -611,34 +717,20 @@ def _int4_gemm_kernel(
                             if HAS_ZEROS:
                                 zero = next_zero
                         if HAS_ZEROS:
-                            partial -= (zero - 8.0)[:, None] * x_sum
+                            partial -= ((zero - 8.0) * (1.0 / UNPACKED))[:, None] * x_sum
                             x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                         acc += scale[:, None] * partial
                         partial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if GROUP_SIZE == -1:
                 acc += partial
+    acc *= UNPACKED
     if GROUP_SIZE == -1:
         if HAS_ZEROS:
             acc -= (tl.load(z_ptr + s_rows).to(tl.float32) - 8.0)[:, None] * x_sum
         acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None]
 
-    if SPLITS == 1:
-        store_tile(acc, bias_ptr, y_ptr, offs_n, offs_m, M, N)
-    else:
-        out_tile = block_m * tl.num_programs(1) + block_n
-        partial_ptr += out_tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-        offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs, acc)
-        # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all
-        # of them, and it reads past L1, which may hold lines from before.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + out_tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
-            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in tl.static_range(SPLITS):  # in one order, whoever came last
-                total += tl.load(partial_ptr + s * (BLOCK_N * BLOCK_M) + offs, cache_modifier=".cg")
-            store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
-            tl.store(counter_ptr + out_tile, 0)
+    out_tile = block_m * tl.num_programs(1) + block_n
+    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, offs_n, offs_m, M, N, SPLITS)
 
 
 def _dequantize_cost(grid, kernel, args) -> dict:
@@ -673,7 +765,7 @@ def _dequantize_kernel(
         else:
             group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
             s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
-        w = _unpack_plane(packed, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32)
+        w = _unpack_plane(packed, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
         if z_ptr is not None:
             w -= tl.load(z_ptr + s_offs).to(tl.float32) - 8.0
         w *= tl.load(s_ptr + s_offs).to(tl.float32)
@@ -687,8 +779,7 @@ def _dequantize_kernel(
 # ---------------------------------------------------------------------------------------------------------------------
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
-DIRECT_WEIGHTS = 26 * 2**20  # W of no more elements than this takes the decode kernel ...
-DIRECT_WEIGHTS_ODD = 6 * 2**20  # ... and of other kinds than symmetric with groups of 128, of no more than this
+DECODE_WEIGHTS = 2**28  # W of more elements than this, a large vocabulary's, takes the prefill kernel, which shares x
 DEQUANTIZE_ROWS = 384  # more rows than this take a product in 16 bits: an estimate from 128, 512 and 2,048 rows, H100
 DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
@@ -696,35 +787,35 @@ MAX_BLOCKS = 65535  # along the second dimension of a grid
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """A block takes 16 * row_tiles rows of W; a step is `warp_units` units of K for each of its `warps` warps.
-    max_registers: a thread may have so many. prefetch: ask L2 early for what the first step leaves."""
+    """A block takes 16 * row_tiles rows of W and a `splits`-th of K; a step is `warp_units` units of K for each of its
+    `warps` warps. stages: one more than the steps whose weights are on their way in shared memory.
+    max_registers: a thread may have so many. How K is cut, which is warp_units, warps and splits, decides the bits."""
 
     row_tiles: int
     warp_units: int
     warps: int
+    stages: int
     max_registers: int
-    prefetch: bool = False
+    splits: int = 1
 
-    def is_one_step(self, k: int) -> bool:
-        """Whether the first step reads all k columns of W."""
-        return self.warps * self.warp_units * unit_k(k) >= k
+    @property
+    def cut(self) -> tuple[int, int, int]:
+        return self.warp_units, self.warps, self.splits
 
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """block_n rows of W and block_m rows of x a block; K split over `splits` blocks; `stages` tiles in flight.
-    prefetch: ask L2 early for what a block will read, which pays while the whole grid is resident at once."""
+    """block_n rows of W and block_m rows of x a block; K split over `splits` blocks; `stages` tiles in flight."""
 
     block_n: int
     block_m: int
     splits: int
     num_warps: int
     stages: int
-    prefetch: bool = False
 
 
 def units_per_step(unit: int, group_size: int) -> int:
-    """Units that a kernel reads at a time: whole pairs of groups."""
+    """Units that the prefill kernel reads at a time: whole pairs of groups."""
     return 2 if group_size == unit else 1
 
 
@@ -733,20 +824,17 @@ def pick_config(
 ) -> DecodeConfig | SplitConfig:
     """The configuration for x [m, k] and W [n, k]. Within the decode sizes K is cut in a way that does not depend on m,
     so that a row's sums are added in one order whatever its batch."""
-    unit = unit_k(k)
-    step = unit * units_per_step(unit, group_size)
-    swept = group_size == 128 and symmetric
-    if m <= DECODE_ROWS and n * k <= (DIRECT_WEIGHTS if swept else DIRECT_WEIGHTS_ODD):
+    if m <= DECODE_ROWS and n * k <= DECODE_WEIGHTS:
         return pick_decode_config(m, n, k, group_size, symmetric, facts)
+    unit = unit_k(k)
     if m <= DECODE_ROWS:
         # A narrower tile of x saves loads, unless it gets too small for the pipeline.
         narrowest = 16 if not facts.is_nvidia else 8 if unit == 64 else 2
         block_m = max(narrowest, triton.next_power_of_2(m))
         block_n = 32 if block_m == 2 else 64
-        splits = _splits(8 * facts.sm_count // triton.cdiv(n, 32), triton.cdiv(k, step))
         stages = 2 if not facts.is_nvidia else 4 if block_m == 16 else 3
-        prefetch = n * k <= facts.sm_count * 160 * 1024
-        return SplitConfig(block_n, block_m, splits, block_n // 32, stages, prefetch)
+        return SplitConfig(block_n, block_m, 1, block_n // 32, stages)
+    step = unit * units_per_step(unit, group_size)
     # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
     block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
     blocks = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
@@ -763,35 +851,50 @@ def _splits(wanted: int, steps: int) -> int:
     return splits
 
 
-def pick_decode_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> DecodeConfig:
-    """As pick_config, among blocks of the decode kernel."""
-    # Swept on an H100, 2026-11-24, groups of 32 and 128: see docs/notes/int4-gemm.md.
+def pick_decode_config(
+    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts, *, gated: bool = False
+) -> DecodeConfig:
+    """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
+    # Swept on an H200, 2026-11-28: see docs/notes/int4-gemm.md.
     unit = unit_k(k)
     units = triton.cdiv(k, unit)
+    tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
+    warp_units, warps, splits, row_tiles = 2, 4, 1, 1
     if not facts.is_nvidia:
-        return DecodeConfig(1, 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 0)
-    if group_size != 128 or not symmetric:
-        if unit == 128 and symmetric:
-            return DecodeConfig(1, 2, 8, 255)
-        return DecodeConfig(1, units_per_step(unit, group_size), 4 if units <= 16 else 8, 255)
-    warps = 4 if units <= 32 else 8
-    if 4 * warps >= units:  # one step
-        return DecodeConfig(1, 4, warps, 112 if m <= 8 else 168)
-    return DecodeConfig(1, 4, warps, 168 if m <= 8 else 255, prefetch=warps == 4 and n <= 32 * facts.sm_count)
+        warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
+    elif gated:
+        pass
+    elif unit == 64:  # small models
+        warp_units, warps = 1 if units <= 32 else 2, 8
+        row_tiles = 1 if tiles_per_sm <= 4 else 2
+    elif (
+        units >= 48 and tiles_per_sm <= 2
+    ):  # long rows, few of them: x is what fills the time of a block that has all of K
+        splits = 4
+        row_tiles = 2 if m > 1 or tiles_per_sm > 1 else 1
+        row_tiles *= 2 if m > 8 and tiles_per_sm > 1 else 1
+    elif tiles_per_sm <= 3:
+        warps = 8
+        row_tiles = 1 if m <= 8 and tiles_per_sm <= 2 else 2
+        row_tiles *= 2 if m > 8 and tiles_per_sm > 2 else 1
+    else:
+        row_tiles = 2 if m <= 8 else 4
+    row_tiles = row_tiles if symmetric else min(row_tiles, 2)  # zeros take registers
+    limit = _registers(row_tiles, warp_units, 1 if m <= 8 else 2, symmetric, gated)
+    return DecodeConfig(row_tiles, warp_units, warps, 2, min(limit, 2048 // warps // 8 * 8), splits)
 
 
-def pick_gated_config(m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts) -> DecodeConfig:
-    """The configuration of int4_gated_linear for x [m, k] and two weights [n, k]."""
-    # Swept on an H100, 2026-11-24, groups of 32 and 128: see docs/notes/int4-gemm.md.
-    unit = unit_k(k)
-    if not facts.is_nvidia:
-        return pick_decode_config(m, n, k, group_size, symmetric, facts)
-    warp_units = units_per_step(unit, group_size)
-    registers = 128 if symmetric and m <= 8 and group_size != -1 else 255
-    return DecodeConfig(1, warp_units, 4, registers, prefetch=n * k <= DIRECT_WEIGHTS_ODD)
+def _registers(row_tiles: int, warp_units: int, x_tiles: int, symmetric: bool, gated: bool) -> int:
+    """About how many registers a thread of the decode kernel needs: x, a step's weights, and sums."""
+    if x_tiles == 2 and not symmetric:
+        return 255
+    weights = (1 + gated) * row_tiles * 8 * warp_units
+    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 8)
+    held = 16 * warp_units * x_tiles + weights + sums
+    return min(255, (held + 56 + 8 * row_tiles * (x_tiles - 1)) // 8 * 8)
 
 
-_TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, most rows) -> what a sweep found
+_TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most rows) -> what a sweep found
 
 
 def load_table(path: str | os.PathLike) -> None:
@@ -801,18 +904,22 @@ def load_table(path: str | os.PathLike) -> None:
         table = json.loads(Path(path).read_text())
         fields = [f.name for f in dataclasses.fields(DecodeConfig)]
         found = {
-            (table["gpu"], e["k"], e["n"], e["group_size"], e["rows"]): DecodeConfig(*(e[name] for name in fields))
+            (table["gpu"], e["k"], e["n"], e["group_size"], e["gated"], e["rows"]): DecodeConfig(
+                *(e[name] for name in fields)
+            )
             for e in table["entries"]
         }
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is no table of benchmarks/sweep_int4_gemm.py: {type(e).__name__}: {e}") from e
-    for gpu, k, n, group_size, _ in found:
-        both = [found.get((gpu, k, n, group_size, rows)) for rows in (8, DECODE_ROWS)]
-        if None in both or len({(c.warp_units, c.warps) for c in both}) > 1:  # K cut in two ways: a row's bits differ
-            raise ValueError(f"{path}: {k}x{n} needs entries of one (warp_units, warps) for 8 and {DECODE_ROWS} rows")
-        least = units_per_step(unit_k(k), group_size)
-        if both[0].warp_units < least:
-            raise ValueError(f"{path}: {k}x{n} has warp_units={both[0].warp_units}, it must be at least {least}")
+    for gpu, k, n, group_size, gated, _ in found:
+        both = [found.get((gpu, k, n, group_size, gated, rows)) for rows in (8, DECODE_ROWS)]
+        if None in both or len({c.cut for c in both}) > 1:  # K cut in two ways: a row's bits differ
+            raise ValueError(
+                f"{path}: {k}x{n} needs entries of one (warp_units, warps, splits) for 8 and {DECODE_ROWS} rows"
+            )
+        warp_units, warps, splits = both[0].cut
+        if warp_units * warps * unit_k(k) < 2 * group_size or (gated and splits > 1):
+            raise ValueError(f"{path}: {k}x{n} has {both[0]}; a step is two groups or more, a gated pair is not split")
     _TABLE.update(found)
     plan.cache_clear()
 
@@ -839,30 +946,26 @@ def plan(
 ) -> Launch:
     """The launch for x [m, k] and W [n, k]: by the configuration given, else that of a table, else pick_config's. With
     an activation it is that of int4_gated_linear."""
-    if config is None and activation is not None:
-        config = pick_gated_config(m, n, k, group_size, symmetric, facts)
+    gated = activation is not None
     if config is None and symmetric and m <= DECODE_ROWS:
-        config = _TABLE.get((facts.name, k, n, group_size, 8 if m <= 8 else DECODE_ROWS))
+        config = _TABLE.get((facts.name, k, n, group_size, gated, 8 if m <= 8 else DECODE_ROWS))
     if config is None:
-        config = pick_config(m, n, k, group_size, symmetric, facts)
+        if gated:
+            config = pick_decode_config(m, n, k, group_size, symmetric, facts, gated=True)
+        else:
+            config = pick_config(m, n, k, group_size, symmetric, facts)
     unit = unit_k(k)
     if isinstance(config, DecodeConfig):
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
-        launch = Launch(
-            _decode_launcher(config, block_m // 8, config.is_one_step(k), unit, group_size, activation, facts),
-            (triton.cdiv(m, block_m), triton.cdiv(n, block_n), 1),
-        )
+        whole_steps = k % (config.warps * config.warp_units * unit) == 0
+        launcher = _decode_launcher(config, block_m // 8, whole_steps, unit, group_size, activation, facts)
     else:
-        block_n = config.block_n
-        blocks_m, blocks_n = triton.cdiv(m, config.block_m), triton.cdiv(n, block_n)
-        blocks = blocks_m * blocks_n if config.splits > 1 else 0
-        launch = Launch(
-            _split_launcher(config, unit, group_size, facts),
-            (blocks_m * config.splits, blocks_n, 1),
-            blocks * config.splits * block_n * config.block_m,
-            blocks,
-        )
+        block_m, block_n = config.block_m, config.block_n
+        launcher = _split_launcher(config, unit, group_size, facts)
+    blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
+    tiles = blocks_m * blocks_n if config.splits > 1 else 0  # whose partial sums meet in memory
+    launch = Launch(launcher, (blocks_m * config.splits, blocks_n, 1), tiles * config.splits * block_n * block_m, tiles)
     if launch.grid[1] > MAX_BLOCKS:
         raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * block_n}: a launch has no more blocks")
     return launch
@@ -870,14 +973,14 @@ def plan(
 
 @cache
 def _decode_launcher(
-    config: DecodeConfig, x_tiles: int, one_step: bool, unit: int, group_size: int, activation: str | None,
+    config: DecodeConfig, x_tiles: int, whole_steps: bool, unit: int, group_size: int, activation: str | None,
     facts: DeviceFacts,
 ) -> Launcher:  # fmt: skip
     meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
     return Launcher(
         _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
-        X_TILES=x_tiles, ONE_STEP=one_step, UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation,
-        USE_ASM=facts.is_nvidia, PREFETCH=config.prefetch and facts.has_pdl, num_warps=config.warps,
+        X_TILES=x_tiles, SPLITS=config.splits, WHOLE_STEPS=whole_steps, STAGES=config.stages, UNIT=unit,
+        GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
         **pdl_options(facts), **meta,
     )  # fmt: skip
 
@@ -887,7 +990,7 @@ def _split_launcher(config: SplitConfig, unit: int, group_size: int, facts: Devi
     return Launcher(
         _int4_gemm_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits, UNIT=unit,
         GROUP_SIZE=group_size, STAGES=config.stages, USE_ASM=facts.is_nvidia, num_warps=config.num_warps,
-        PREFETCH=config.prefetch and facts.has_pdl, **pdl_options(facts),
+        **pdl_options(facts),
     )  # fmt: skip
 
 
@@ -932,13 +1035,13 @@ def int4_gemm(
     if m == 0:
         return y
     launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config)
-    if launch.launcher.kernel is _int4_decode_kernel:
-        tensors = x, packed, scales, zeros, None, None, None, bias, y
-    elif launch.partials:
+    partials, arrivals = None, None
+    if launch.partials:
         partials, arrivals = scratch(x, launch.partials), counters(x.device, launch.arrivals, "int4_gemm")
-        tensors = x, packed, scales, zeros, bias, y, partials, arrivals
+    if launch.launcher.kernel is _int4_decode_kernel:
+        tensors = x, packed, scales, zeros, None, None, None, bias, y, partials, arrivals
     else:
-        tensors = x, packed, scales, zeros, bias, y, None, None
+        tensors = x, packed, scales, zeros, bias, y, partials, arrivals
     launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
     return y
 
@@ -984,7 +1087,7 @@ def int4_gated_linear(
     if m == 0:
         return y
     launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config, activation)
-    tensors = x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y
+    tensors = x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None
     launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
     return y
 
