@@ -166,8 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         for m, for_m in configs[k, n].items():
             for config in for_m:
                 job = m, n, k, group, not args.zeros, args.gated, dtype, config
-                whole_steps = k % (config.warps * config.warp_units * unit_k(k)) == 0
-                jobs[config, m > 8, whole_steps, unit_k(k), group] = job
+                step = config.warps * config.warp_units * unit_k(k)
+                jobs[config, m > 8, step >= k, k % step == 0, unit_k(k), group] = job
     compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))

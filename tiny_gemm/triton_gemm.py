@@ -510,6 +510,7 @@ def _int4_decode_kernel(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     SPLITS: tl.constexpr,  # 1 with a gate
+    ONE_STEP: tl.constexpr,  # is all of K: its weights go straight into registers
     WHOLE_STEPS: tl.constexpr,  # K ends with a step
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -529,7 +530,9 @@ def _int4_decode_kernel(
     units = tl.cdiv(K, UNIT)
     steps = tl.cdiv(units, WARPS * WARP_UNITS)
     per_split = tl.cdiv(steps, SPLITS)
-    last = tl.minimum(split * per_split + per_split, steps)
+    first, last = split * per_split, tl.minimum(split * per_split + per_split, steps)
+    if ONE_STEP:
+        first, last = 0, 1
 
     w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     if GROUP_SIZE != -1:
@@ -538,7 +541,7 @@ def _int4_decode_kernel(
     total = tl.zeros([WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], tl.float32)
     x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
     gate_total, gate_x_total = total, x_total
-    for step in tl.range(split * per_split, last, num_stages=STAGES):
+    for step in tl.range(first, last, num_stages=STAGES):
         in_w, in_s = None, None  # where K ends within a step, what is past it is zero
         if not WHOLE_STEPS:
             in_w = step * (WARPS * WARP_UNITS) + w_unit < units
@@ -561,7 +564,7 @@ def _int4_decode_kernel(
         # The pipeline fetches the loads above ahead, those of the first stages before the loop and so before the wait.
         # It does not look into a branch: what is read in here is read when its turn comes, after the wait.
         if step < last:
-            if step == split * per_split:
+            if step == first:
                 wait_for_previous(PDL)
             planes = (
                 _load_plane(x_ptr, block_m, step, 0, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
@@ -862,14 +865,17 @@ def pick_decode_config(
     warp_units, warps, splits, row_tiles = 2, 4, 1, 1
     if not facts.is_nvidia:
         warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
+    elif unit == 64:  # small models: all of K in one step, if it is not more than 1,024
+        warps = 8
+        row_tiles = 1 if tiles_per_sm <= 4 or gated else 2
     elif gated:
         pass
-    elif unit == 64:  # small models
-        warp_units, warps = 1 if units <= 32 else 2, 8
-        row_tiles = 1 if tiles_per_sm <= 4 else 2
-    elif (
-        units >= 48 and tiles_per_sm <= 2
-    ):  # long rows, few of them: x is what fills the time of a block that has all of K
+    elif units <= 16 and tiles_per_sm <= 3:  # one step
+        warps = 8
+        row_tiles = 1 if tiles_per_sm <= 1 and m <= 8 else 2
+    elif 24 < units <= 32 and tiles_per_sm <= 2:  # one step
+        warps = 16
+    elif units >= 48 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         splits = 4
         row_tiles = 2 if m > 1 or tiles_per_sm > 1 else 1
         row_tiles *= 2 if m > 8 and tiles_per_sm > 1 else 1
@@ -881,7 +887,9 @@ def pick_decode_config(
         row_tiles = 2 if m <= 8 else 4
     row_tiles = row_tiles if symmetric else min(row_tiles, 2)  # zeros take registers
     limit = _registers(row_tiles, warp_units, 1 if m <= 8 else 2, symmetric, gated)
-    return DecodeConfig(row_tiles, warp_units, warps, 2, min(limit, 2048 // warps // 8 * 8), splits)
+    # Two blocks of 16 warps on an SM, if they can do with 64 registers.
+    limit = min(limit, 64 if warps == 16 and m <= 8 and symmetric else 2048 // warps // 8 * 8)
+    return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
 
 
 def _registers(row_tiles: int, warp_units: int, x_tiles: int, symmetric: bool, gated: bool) -> int:
@@ -958,8 +966,8 @@ def plan(
     if isinstance(config, DecodeConfig):
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
-        whole_steps = k % (config.warps * config.warp_units * unit) == 0
-        launcher = _decode_launcher(config, block_m // 8, whole_steps, unit, group_size, activation, facts)
+        step = config.warps * config.warp_units * unit
+        launcher = _decode_launcher(config, block_m // 8, step >= k, k % step == 0, unit, group_size, activation, facts)
     else:
         block_m, block_n = config.block_m, config.block_n
         launcher = _split_launcher(config, unit, group_size, facts)
@@ -973,14 +981,14 @@ def plan(
 
 @cache
 def _decode_launcher(
-    config: DecodeConfig, x_tiles: int, whole_steps: bool, unit: int, group_size: int, activation: str | None,
-    facts: DeviceFacts,
+    config: DecodeConfig, x_tiles: int, one_step: bool, whole_steps: bool, unit: int, group_size: int,
+    activation: str | None, facts: DeviceFacts,
 ) -> Launcher:  # fmt: skip
     meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
     return Launcher(
         _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
-        X_TILES=x_tiles, SPLITS=config.splits, WHOLE_STEPS=whole_steps, STAGES=config.stages, UNIT=unit,
-        GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
+        X_TILES=x_tiles, SPLITS=config.splits, ONE_STEP=one_step, WHOLE_STEPS=whole_steps, STAGES=config.stages,
+        UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
         **pdl_options(facts), **meta,
     )  # fmt: skip
 
