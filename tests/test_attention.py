@@ -85,6 +85,17 @@ def test_matches_oracle(implementation, case, dtype):
     assert_close(out, fused_attention_ref(q, k, v, causal=case.causal))
 
 
+@pytest.mark.interp
+@pytest.mark.parametrize("blocks", [(64, 128), (128, 64), (16, 16)], ids=str)
+def test_any_blocks_match_the_oracle(poisoned, monkeypatch, blocks):
+    """Also those of chips larger than the interpreter's; keys that end within the first tile and within a later one."""
+    monkeypatch.setattr(attention, "pick_config", lambda *_: attention.AttentionConfig(*blocks, 4, 1))
+    for case, window in (Case(14, 2, 40, 21), 0), (Case(9, 3, 90, 300), 0), (Case(5, 1, 90, 300, D=80), 65):
+        q, k, v = make_qkv(case, torch.float16)
+        options = with_options(case, window, 0.0, torch.float32 if window else None, "cpu")
+        assert_close(attention.fused_attention(q, k, v, **options), fused_attention_ref(q, k, v, **options))
+
+
 @pytest.mark.gpu
 @parametrize_cases(GPU_CASES)
 def test_matches_oracle_on_gpu(poisoned, case):
@@ -164,7 +175,7 @@ def test_row_without_a_visible_key_is_zero(implementation):
     assert (out[:, :, :20] == 0).all() and (out[:, :, 20:] != 0).any(-1).all()
 
 
-@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0])
+@pytest.mark.parametrize("scale", [0.5, -0.3, 0.0, -1e-50])  # the last is 0 in float32
 def test_scale_and_large_scores(implementation, scale):
     fused_attention, device = implementation
     q, k, v = make_qkv(Case(2, 1, 17, 70), torch.float16, device)
@@ -255,13 +266,14 @@ def test_philox_is_tritons(device, seed):
 AOT_CASES = [
     *[(target, D, 4096, "") for D in (128, 256) for target in aot.TARGETS],
     *[(target, 64, 4096, "") for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
+    *[(target, 64, rows, "window softcap sinks") for target in ("sm_90", "sm_100") for rows in (4096, 8192)],
+    *[(target, 64, 8192, "") for target in ("sm_90", "sm_100")],
     ("sm_80", 96, 4096, ""),
     ("sm_90", 128, 64, ""),
     ("gfx942", 128, 16, ""),
     ("sm_80", 64, 4096, "dropout"),
     *[(target, D, 4096, "dropout") for D in (128, 256) for target in aot.TARGETS],
     *[(target, 128, 4096, "window softcap sinks") for target in aot.TARGETS],
-    ("sm_90", 64, 4096, "window softcap sinks"),
     ("sm_90", 256, 4096, "window softcap sinks"),
 ]
 
@@ -294,3 +306,6 @@ def test_config_is_pure_and_small():
     config = attention.pick_config(4096, 128, 2, False, facts)
     assert config == attention.pick_config(4096, 128, 2, False, facts)
     assert attention.pick_config(16, 128, 2, False, facts).block_m == 16
+    assert attention.pick_config(100_000, 64, 2, False, facts).block_m == 64
+    hopper = DeviceFacts("hopper", (9, 0), 132, 227 * 1024, True)
+    assert [attention.pick_config(4 * n, 64, 2, False, hopper).block_m for n in (512, 2048)] == [64, 128]
