@@ -510,7 +510,7 @@ def _int4_decode_kernel(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     SPLITS: tl.constexpr,  # 1 with a gate
-    ONE_STEP: tl.constexpr,  # is all of K: its weights go straight into registers
+    ONE_STEP: tl.constexpr,  # is all of K, with one split: its weights go straight into registers
     WHOLE_STEPS: tl.constexpr,  # K ends with a step
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -783,7 +783,7 @@ def _dequantize_kernel(
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
 DECODE_WEIGHTS = 2**28  # W of more elements than this, a large vocabulary's, takes the prefill kernel, which shares x
-DEQUANTIZE_ROWS = 384  # more rows than this take a product in 16 bits: an estimate from 128, 512 and 2,048 rows, H100
+DEQUANTIZE_ROWS = 192  # more rows than this take a product in 16 bits; found at 4096 x 4096 on an H200, 2026-11-28
 DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
 
@@ -873,7 +873,7 @@ def pick_decode_config(
     elif units <= 16 and tiles_per_sm <= 3:  # one step
         warps = 8
         row_tiles = 1 if tiles_per_sm <= 1 and m <= 8 else 2
-    elif 24 < units <= 32 and tiles_per_sm <= 2:  # one step
+    elif 24 < units <= 32 and tiles_per_sm <= 2 and symmetric:  # one step
         warps = 16
     elif units >= 48 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         splits = 4
@@ -967,7 +967,8 @@ def plan(
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
         step = config.warps * config.warp_units * unit
-        launcher = _decode_launcher(config, block_m // 8, step >= k, k % step == 0, unit, group_size, activation, facts)
+        one_step = config.splits == 1 and step >= k
+        launcher = _decode_launcher(config, block_m // 8, one_step, k % step == 0, unit, group_size, activation, facts)
     else:
         block_m, block_n = config.block_m, config.block_n
         launcher = _split_launcher(config, unit, group_size, facts)
