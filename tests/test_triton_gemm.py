@@ -185,6 +185,7 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "gated-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
     "gated-m16": (16, 8192, 2048, 128, "*fp16", "*fp16"),
     "decode-g128": (1, 4096, 4096, 128, "*fp16", None),
+    "decode-ring": (1, 6144, 4096, 128, "*fp16", None),
     "decode-m8": (8, 6144, 4096, 128, "*bf16", None),
     "split-m1": (1, 28672, 4096, 128, "*fp16", None),
     "split-m8": (8, 28672, 4096, 128, "*bf16", None),
@@ -248,7 +249,7 @@ def test_unpacking_costs_no_conversions(target, dtype):
     """The nibbles become floats by lop3 and one packed operation; a conversion from int would be I2F in the SASS."""
     compiled = compile_gemm(target, "decode-g128", dtype)
     assert "I2F" not in compiled.assembly and "LOP3" in compiled.assembly
-    assert compiled.count("LDGSTS.128") > 0, "weights go to shared memory 16 bytes at a time"
+    assert compiled.count("LDG.128") > 0 == compiled.count("LDGSTS"), "all of K in one step: straight into registers"
     operations = compiled.instructions["HMMA"] * 4  # 8 weights a lane each, two an operation
     assert len(re.findall(r"HFMA2[.A-Z0-9_]* ", compiled.assembly)) in range(operations, operations + 8)
     assert len(re.findall(r"SHF\.R\.U32\.HI", compiled.assembly)) < operations / 2, "a shift for two planes"
@@ -256,17 +257,30 @@ def test_unpacking_costs_no_conversions(target, dtype):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    "name", ["decode-g128", "decode-m8", "decode-g64", "decode-g32", "gated-g128", "split-per-channel"]
+    ("name", "in_one_step"),
+    [("decode-g128", True), ("decode-g32", True), ("gated-g32", True)]
+    + [
+        (name, False)
+        for name in ("decode-ring", "decode-m8", "gated-g128", "split-m1", "split-g64", "split-per-channel")
+    ],
 )
-def test_x_is_read_after_the_wait_and_weights_before(name):
+def test_x_is_read_after_the_wait_and_weights_before(name, in_one_step):
     """A pipeline that took x along, or that moved the wait to the end of the loop, would read x too early."""
     lines = compile_gemm("sm_90", name).assembly.splitlines()
-    where = {
-        op: [i for i, line in enumerate(lines) if f" {op}" in line] for op in ("LDGSTS", "ACQBULK", "LDG.E", "HMMA")
-    }
-    assert where["LDGSTS"][0] < where["ACQBULK"][0] < where["LDG.E"][0] < where["HMMA"][0]
-    assert any(" LDS.128" in line or " LDS.64" in line for line in lines[: where["ACQBULK"][0]]), "and into registers"
-    assert not any(" SHFL" in line for line in lines[: where["HMMA"][-1]]), "nothing moves between threads"
+
+    def where(op):
+        return [i for i, line in enumerate(lines) if re.search(rf" {op}", line)]
+
+    wait, products = where("ACQBULK")[0], where("HMMA")
+    before = [i for i in where(r"LDG\.E") if i < wait]
+    if in_one_step:
+        after = [i for i in where(r"LDG\.E") if wait < i < products[-1]]
+        assert len(before) > 0 and len(after) == 8, "all weights before, 4 planes of 2 units of x after"
+    else:
+        assert where("LDGSTS")[0] < wait < where(r"LDG\.E")[0] and not before
+        assert any(i < wait for i in where("LDS.(128|64)")), "those of the first stage are in registers"
+    assert wait < products[0]
+    assert not any(i < products[-1] for i in where("SHFL")), "nothing moves between threads"
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
