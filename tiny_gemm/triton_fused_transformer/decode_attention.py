@@ -26,6 +26,7 @@ everything else, and if the two differ the first tile is done once more.
 from dataclasses import dataclass
 from functools import cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -371,13 +372,11 @@ def pick_config(
 
     For 16 bits swept on an H100, 2026-11-24 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it
     again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8. Other chips, head sizes and
-    numbers of heads take after it.
+    numbers of heads take after it, and so do 8 bits.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
-    if itemsize == 1:
-        num_warps, tiles = 8, 2
-    elif itemsize == 4 or block_d > 128:
+    if itemsize == 4 or block_d > 128:
         num_warps, tiles = 4, 1
     elif max_length <= 128:  # one block, no partial results
         num_warps, tiles = 4, 2
@@ -385,9 +384,13 @@ def pick_config(
         num_warps, tiles = 2, 1
     elif max_length <= 4096:  # large tiles: few partial results, and all bytes in flight at once
         num_warps, tiles = 4, 2
+    elif itemsize == 1:  # as many bytes in flight as with 16 bits
+        num_warps, tiles = 8, 2
     else:
         num_warps, tiles = 8, 1
         splits *= 2 if block_d <= 64 else 1
+    if itemsize == 1 and (group > 8 or not device.is_nvidia):  # two rows a query head: these fill registers
+        num_warps, tiles = min(num_warps, 4), 1
     if group > 16:  # the warps' outputs fill registers, and meet in shared memory
         tiles = 1
         while num_warps > 1 and num_warps * block_d * triton.next_power_of_2(group) * 4 > device.shared_memory_bytes:
@@ -402,7 +405,7 @@ def _launcher(
     rope_half: int,
     group: int,
     head_dim: int,
-    itemsize: int,
+    cached: torch.dtype,
     window: int,
     softcap: float,
     eps: float,
@@ -420,14 +423,15 @@ def _launcher(
         "TILES": config.tiles,
         "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
         "BLOCK_D": triton.next_power_of_2(head_dim),
-        "USE_ASM": facts.is_nvidia and itemsize <= 2,
+        "USE_ASM": facts.is_nvidia and cached.itemsize <= 2,
         "num_warps": config.num_warps,
         **pdl_options(facts),
     }
-    if itemsize == 1:
-        has_e4m3 = facts.is_nvidia and facts.capability >= (8, 9)
-        return Launcher(_decode_attention_8bit_kernel, HAS_E4M3=has_e4m3, **meta)
-    return Launcher(_decode_attention_kernel, E=16 // itemsize, **meta)
+    if cached.itemsize == 1:
+        meta["FP8"] = cached == torch.float8_e4m3fn
+        meta["HAS_E4M3"] = facts.is_nvidia and facts.capability >= (8, 9)
+        return Launcher(_decode_attention_8bit_kernel, **meta)
+    return Launcher(_decode_attention_kernel, E=16 // cached.itemsize, **meta)
 
 
 def decode_attention(
@@ -470,20 +474,22 @@ def decode_attention(
     rope_half = 0 if rope_cos is None else rope_cos.shape[1]
     facts = device_facts(q.device)
     window = window if window < Lmax else 0  # then it is no limit
-    itemsize = k_cache.element_size()
-    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, itemsize, facts)
+    cached = k_cache.dtype
+    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
     partial = scratch(q, batch * heads * config.num_splits * (D + 1))
     arrivals = counters(q.device, batch * kv_heads)
     new, caches, strides = (q, k, v), (k_cache, v_cache), (*q_strides[:2], *k_strides[:2])
-    if itemsize == 1:
-        assert cache_strides[2] == D and kv_scale.stride()[2:] == (2, 1)
+    if cached.itemsize == 1:
+        assert Lmax == 1 or cache_strides[2] == D
+        if cached != torch.int8:  # Triton knows e4m3 only where the GPU does
+            caches = k_cache.view(torch.int8), v_cache.view(torch.int8)
         caches = *caches, kv_scale
         strides = *strides, *cache_strides[:2], *kv_scale.stride()[:2]
     else:
         strides = *strides, *cache_strides[:3]
     eps = 0.0 if q_norm is None else norm_eps
-    _launcher(config, rope_half, heads // kv_heads, D, itemsize, window, softcap, eps, facts)(
+    _launcher(config, rope_half, heads // kv_heads, D, cached, window, softcap, eps, facts)(
         (config.num_splits, kv_heads, batch),
         (*new, *caches, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks, partial, arrivals, out, lse),
         (*strides, Lmax, (D**-0.5 if scale is None else scale) * LOG2_E),

@@ -369,7 +369,7 @@ def _decode_attention_8bit_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_cache_ptr,
+    k_cache_ptr,  # int8, or the bits of e4m3 as int8
     v_cache_ptr,
     kv_scale_ptr,  # [B, Hkv, Lmax, 2] fp32
     lengths_ptr,
@@ -403,21 +403,21 @@ def _decode_attention_8bit_kernel(
     TILES: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    HAS_E4M3: tl.constexpr,
+    FP8: tl.constexpr,  # e4m3
+    HAS_E4M3: tl.constexpr,  # instructions that convert it
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     STEP: tl.constexpr = 16 * TILES * WARPS  # tokens of a tile
     E: tl.constexpr = 16  # elements in 16 bytes
     E_V: tl.constexpr = min(E, BLOCK_D // 8)
-    FP8: tl.constexpr = k_cache_ptr.dtype.element_ty == tl.float8e4nv
     LARGEST: tl.constexpr = 448.0 if FP8 else 127.0
     PAIR_IN_THREAD: tl.constexpr = 2 * ROPE_HALF == BLOCK_D and ROPE_HALF % (4 * E) == 0
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
-    k_cache_ptr = k_cache_ptr.to(tl.pointer_type(tl.int8)) + batch * stride_cb + kv_head * stride_ch
-    v_cache_ptr = v_cache_ptr.to(tl.pointer_type(tl.int8)) + batch * stride_cb + kv_head * stride_ch
+    k_cache_ptr += batch * stride_cb + kv_head * stride_ch
+    v_cache_ptr += batch * stride_cb + kv_head * stride_ch
     kv_scale_ptr += batch * stride_sb + kv_head * stride_sh
 
     if PDL:  # one number for all warps, which else might load it at different times and part ways below

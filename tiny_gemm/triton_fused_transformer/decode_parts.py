@@ -101,14 +101,17 @@ def load_pairs(ptr, d, mask, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E
     x = load_vectors(ptr + d, mask, E)
     y = x
     if ROPE_HALF > 0 and not IN_THREAD:
-        mask = mask & (d < 2 * ROPE_HALF)
-        if ROPE_HALF % E == 0:  # whole vectors pair up
-            y = load_vectors(ptr + tl.where(d < ROPE_HALF, d + ROPE_HALF, d - ROPE_HALF), mask, E)
+        V: tl.constexpr = min(E, 128 // ptr.dtype.element_ty.primitive_bitwidth)
+        cols = d[:, :, :, :, None] + tl.arange(0, E // V) * V
+        if ROPE_HALF % V == 0:  # whole vectors pair up
+            pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)[:, :, :, :, :, None] + tl.arange(0, V)
+            rotates = (cols < 2 * ROPE_HALF)[:, :, :, :, :, None]
         else:
-            cols = d[:, :, :, :, None] + tl.arange(0, E)
+            cols = cols[:, :, :, :, :, None] + tl.arange(0, V)
             pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
-            mask = mask[:, :, :, :, None] & (cols < 2 * ROPE_HALF)
-            y = tl.load(ptr[:, :, :, :, None] + pair, mask=mask, other=0.0)
+            rotates = cols < 2 * ROPE_HALF
+        y = tl.load(ptr[:, :, :, :, None, None] + pair, mask=mask[:, :, :, :, None, None] & rotates, other=0.0)
+        y = y.reshape(x.shape)
     return x, y
 
 
