@@ -37,12 +37,12 @@ from tiny_gemm.triton_fused_transformer.decode_attention_8bit import _decode_att
 from tiny_gemm.triton_fused_transformer.decode_parts import (
     add_warps,
     decode_attention_cost,
+    finish,
     first_tile,
     insert,
     load_columns,
     load_pairs,
     norm_pairs,
-    reduce_partials,
     rope_row,
     rotate,
     soft_cap,
@@ -327,33 +327,10 @@ def _decode_attention_kernel(
     weight = tl.exp2(top - block_top[None, :])
     block_total = tl.sum(total * weight, 0)
     acc = add_warps(acc * weight[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
-    col = tl.arange(0, BLOCK_D)[:, None]
-    col = col // (8 * E) * (8 * E) + col % 8 * E + col % (8 * E) // 8  # what _load_values called `col`
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_gd = offs_g[None, :] * D + col
-    mask_gd = (offs_g < G)[None, :] & (col < D)
-    group = batch * tl.num_programs(1) + kv_head
-    out_ptr += group * G * D
-    block_weight = block_top + tl.log2(block_total)
-    if splits == 1:
-        tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + group * G + offs_g, block_weight * 0.6931471805599453, mask=offs_g < G)
-        return
-
-    weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
-    weight_ptr += group * NUM_SPLITS * G
-    partial_ptr += group * NUM_SPLITS * G * D
-    tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
-    tl.store(weight_ptr + split * G + offs_g, block_weight, mask=offs_g < G)
-
-    # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
-    # them, and it reads past L1, which may hold lines from before.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == splits - 1:
-        reduce_partials(partial_ptr, weight_ptr, out_ptr, lse_ptr, group, splits, G, D, NUM_SPLITS, BLOCK_D)
-        tl.store(counter_ptr + group, 0)
+    finish(
+        acc, block_top, block_total, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits,
+        G, D, NUM_SPLITS, BLOCK_G, BLOCK_D, E,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -102,16 +102,19 @@ def load_pairs(ptr, d, mask, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E
     y = x
     if ROPE_HALF > 0 and not IN_THREAD:
         V: tl.constexpr = min(E, 128 // ptr.dtype.element_ty.primitive_bitwidth)
-        cols = d[:, :, :, :, None] + tl.arange(0, E // V) * V
-        if ROPE_HALF % V == 0:  # whole vectors pair up
+        mask = mask[:, :, :, :, None]
+        if V < E and ROPE_HALF % V == 0:  # whole vectors pair up, as load_vectors loads them
+            cols = d[:, :, :, :, None] + tl.arange(0, E // V) * V
             pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)[:, :, :, :, :, None] + tl.arange(0, V)
-            rotates = (cols < 2 * ROPE_HALF)[:, :, :, :, :, None]
+            mask = (mask & (cols < 2 * ROPE_HALF))[:, :, :, :, :, None]
+            y = tl.load(ptr[:, :, :, :, None, None] + pair, mask=mask, other=0.0).reshape(x.shape)
         else:
-            cols = cols[:, :, :, :, :, None] + tl.arange(0, V)
-            pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
-            rotates = cols < 2 * ROPE_HALF
-        y = tl.load(ptr[:, :, :, :, None, None] + pair, mask=mask[:, :, :, :, None, None] & rotates, other=0.0)
-        y = y.reshape(x.shape)
+            cols = d[:, :, :, :, None] + tl.arange(0, E)
+            if ROPE_HALF % E == 0:
+                pair = tl.where(d < ROPE_HALF, d + ROPE_HALF, d - ROPE_HALF)[:, :, :, :, None] + tl.arange(0, E)
+            else:
+                pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
+            y = tl.load(ptr[:, :, :, :, None] + pair, mask=mask & (cols < 2 * ROPE_HALF), other=0.0)
     return x, y
 
 
@@ -212,6 +215,56 @@ def add_warps(x, WARPS: tl.constexpr):
         a, b = tl.split(a + b)
         a, b = tl.split(a + b)
         return a + b
+
+
+@triton.jit
+def finish(
+    acc,  # [BLOCK_D, BLOCK_G], the block's output
+    top,  # [BLOCK_G]; the sum of its softmax is total * 2 ** top
+    total,
+    partial_ptr,  # [B, Hkv, NUM_SPLITS, G, D] fp32 outputs, then [B, Hkv, NUM_SPLITS, G] fp32 weights
+    counter_ptr,  # [B, Hkv]
+    out_ptr,
+    lse_ptr,
+    batch,
+    kv_head,
+    split,
+    splits,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    E: tl.constexpr,  # of the values
+):
+    """Stores the output of the only block of a sequence and KV head, or a partial one; the last block adds them up."""
+    col = tl.arange(0, BLOCK_D)[:, None]
+    col = col // (8 * E) * (8 * E) + col % 8 * E + col % (8 * E) // 8  # what the loads of values called `col`
+    offs_g = tl.arange(0, BLOCK_G)
+    offs_gd = offs_g[None, :] * D + col
+    mask_gd = (offs_g < G)[None, :] & (col < D)
+    group = batch * tl.num_programs(1) + kv_head
+    out_ptr += group * G * D
+    weight = top + tl.log2(total)
+    if splits == 1:
+        tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + group * G + offs_g, weight * 0.6931471805599453, mask=offs_g < G)
+        return
+
+    weights_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
+    weights_ptr += group * NUM_SPLITS * G
+    partial_ptr += group * NUM_SPLITS * G * D
+    tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
+    tl.store(weights_ptr + split * G + offs_g, weight, mask=offs_g < G)
+
+    # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
+    # them, and it reads past L1, which may hold lines from before.
+    tl.debug_barrier()
+    arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
+    if arrived == splits - 1:
+        reduce_partials(partial_ptr, weights_ptr, out_ptr, lse_ptr, group, splits, G, D, NUM_SPLITS, BLOCK_D)
+        tl.store(counter_ptr + group, 0)
 
 
 @triton.jit
