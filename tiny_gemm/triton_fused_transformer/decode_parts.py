@@ -23,11 +23,12 @@ def decode_attention_cost(grid, kernel, args) -> dict:
     q, k, k_cache = args["q_ptr"], args["k_ptr"], args["k_cache_ptr"]
     lengths, window = lengths.tolist(), args["WINDOW"] or Lmax
     attended = sum(min(max(n, 0) + 1, Lmax, window) for n in lengths)  # the new token is written, the others read
-    row = 2 * k.shape[1] * D * k_cache.element_size()  # K and V of one token
+    scale_bytes = 4 if args.get("kv_scale_ptr") is not None else 0
+    row = 2 * k.shape[1] * (D * k_cache.element_size() + scale_bytes)  # K and V of one token
     rope = 2 * len(lengths) * args["ROPE_HALF"] * 4
     flops = "flops32" if q.element_size() == 4 else "flops16"
-    tensors = q, k, args["v_ptr"], args["lengths_ptr"], args["out_ptr"], args["sinks_ptr"], args["lse_ptr"]
-    return {"bytes": tensor_bytes(*tensors) + rope + row * attended, flops: 4 * q.shape[1] * attended * D}
+    small = (args.get(f"{name}_ptr") for name in ("v", "lengths", "out", "sinks", "lse", "q_norm", "k_norm"))
+    return {"bytes": tensor_bytes(q, k, *small) + rope + row * attended, flops: 4 * q.shape[1] * attended * D}
 
 
 @triton.jit
