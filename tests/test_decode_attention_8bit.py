@@ -95,11 +95,10 @@ def check_against_oracle(decode_attention, inputs, kv_scale, **arguments):
 
 
 @parametrize_cases(CASES)
-@every_cache
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cache, dtype", [("int8", torch.bfloat16), ("e4m3", torch.float16)])
 def test_matches_oracle(implementation, case, cache, dtype):  # noqa: F811
     decode_attention, device = implementation
-    check_against_oracle(decode_attention, *quantized(make_inputs(case, dtype, device), cache))
+    check_against_oracle(decode_attention, *quantized(make_inputs(case, dtype, device), CACHES[cache]))
 
 
 @pytest.mark.gpu
@@ -127,10 +126,11 @@ def test_norm_of_q_and_k(implementation, case, cache):  # noqa: F811
     check_against_oracle(decode_attention, inputs, kv_scale, **norms_of(case, torch.bfloat16, device))
 
 
-@every_cache
 @pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES.keys())
 @pytest.mark.parametrize(
-    "case", [Case(14, 2, 150, (0, 69, 149, 150)), Case(4, 2, 300, (290,), D=128)], ids=["ragged", "long"]
+    "case, cache",
+    [(Case(14, 2, 150, (0, 69, 149, 150)), torch.int8), (Case(4, 2, 300, (290,), D=128), torch.float8_e4m3fn)],
+    ids=["ragged-int8", "long-e4m3"],
 )
 def test_window_softcap_sinks_and_lse(implementation, case, features, cache):  # noqa: F811
     decode_attention, device = implementation
