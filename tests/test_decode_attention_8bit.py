@@ -11,7 +11,9 @@ from test_decode_attention import (
     GPU_CASES,
     NORM_CASES,
     Case,
+    _write_late_kernel,
     check_arrival,
+    clone_caches,
     implementation,  # noqa: F401
     lse_ref,
     make_inputs,
@@ -256,6 +258,20 @@ def test_values_of_all_sizes_in_one_sequence(implementation, cache, unlikely_is_
 
 
 @every_cache
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_nan_stays_nan(implementation, cache, name):  # noqa: F811
+    """One element of one head; the other heads of its KV head share only its keys and values."""
+    decode_attention, device = implementation
+    inputs, kv_scale = quantized(make_inputs(Case(4, 2, 40, (39, 20)), torch.bfloat16, device), cache)
+    inputs["qkv".index(name)][1, 1, 50] = float("nan")
+    out, _, _, scales = run(decode_attention, inputs, kv_scale)
+    spoilt = torch.zeros(2, 4, dtype=torch.bool)
+    spoilt[1, 1 if name == "q" else slice(2, 4)] = True
+    assert torch.equal(out.isnan().any(-1).cpu(), spoilt)
+    assert scales[1, 1, 20].isnan().tolist() == [name == "k", name == "v"]
+
+
+@every_cache
 def test_quantize_kv(cache):
     x = torch.randn(3, 2, 50, 64) * 10.0 ** torch.randint(-20, 20, (3, 2, 50, 1))
     x[0, 0, 3], x[0, 1, 7, 5] = 0.0, 3e38
@@ -314,6 +330,24 @@ def test_a_slice_of_a_larger_cache(implementation, cache):  # noqa: F811
     expected = run(decode_attention, inputs, kv_scale)
     left = (t.contiguous() for t in (k_large, v_large, scale_large))
     assert all(torch.equal(a, b) for a, b in zip(bits(out, *left), bits(*expected), strict=True))
+
+
+@pytest.mark.gpu
+@every_cache
+@pytest.mark.parametrize("before, after", [(3, 900), (900, 3), (500, 501), (1023, 1024)])
+def test_a_length_written_while_the_kernel_starts_is_seen(before, after, cache):
+    inputs, kv_scale = quantized(make_inputs(Case(8, 2, 1024, (after,), D=128), torch.bfloat16, "cuda"), cache)
+    expected = run(ops.decode_attention, inputs, kv_scale)
+    lengths = inputs[5]
+    for _ in range(3):
+        lengths.fill_(before)
+        late = clone_caches(inputs)
+        scales = kv_scale.clone()
+        torch.cuda.synchronize()
+        _write_late_kernel[(1,)](lengths, after, num_warps=1, launch_pdl=True)
+        out = ops.decode_attention(*late, kv_scale=scales)
+        for got, want in zip(bits(out, late[3], late[4], scales), bits(*expected), strict=True):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.gpu
@@ -380,3 +414,10 @@ def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, 
     pointers = dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr")) | pointers
     signature = signature_of(launcher, k_cache_ptr="*i8", v_cache_ptr="*i8", kv_scale_ptr="*fp32", **pointers)
     return aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
+
+
+def test_config_of_8_bits():
+    facts = aot.device_facts("sm_90")
+    assert decode.pick_config(8, 4, 8192, 128, 1, facts) == DecodeAttentionConfig(16, num_warps=8, tiles=2)
+    assert decode.pick_config(8, 4, 100, 64, 1, facts).num_splits == 1
+    assert decode.pick_config(1, 16, 8192, 128, 1, facts).tiles == 1, "the queries alone fill registers"

@@ -39,8 +39,6 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
 )
 from tiny_gemm.triton_gemm import prefetch_l2, wait_for_previous
 
-SMALLEST = tl.constexpr(2.0**-90)  # scales of smaller vectors would leave fp32, as would what the softmax makes of them
-
 # PTX that turns the bytes of a word `t` into fp16: 0 and 1 into {lo}, 2 and 3 into {hi}.
 _CONVERT = {
     # 1152 + v: the bits of 1024 with v + 128, to which the caller has turned v by its sign bit, below them
@@ -122,11 +120,13 @@ def _log2(x, USE_ASM: tl.constexpr):
 @triton.jit
 def _largest(x, OVER: tl.constexpr):
     """Of x [32, WARPS, N, C, E], whose lanes are [8, 4], the largest size over a thread's columns and over the lanes'
-    dimension OVER: [4 or 8, WARPS, N]. A thread compares by fours, which takes 6 steps and not 15.
+    dimension OVER: [4 or 8, WARPS, N]. At least 2^-90: below, scales, and what the softmax makes of them, leave fp32. NaN
+    if there is one: its bits are above those of all numbers. A thread compares by fours, in 6 steps and not in 15.
     """
-    x = tl.abs(x).reshape(8, 4, x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 4, 4)
-    most = tl.max(tl.max(tl.max(x, 4), 4), 4)
-    return tl.maximum(tl.max(most, OVER), SMALLEST)
+    sizes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    sizes = sizes.reshape(8, 4, x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 4, 4)
+    most = tl.max(tl.max(tl.max(tl.max(sizes, 4), 4), 4), OVER)
+    return tl.maximum(most, 0x12800000).to(tl.float32, bitcast=True)  # 2^-90
 
 
 @triton.jit
@@ -429,10 +429,12 @@ def _decode_attention_8bit_kernel(
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
         first_k = k_cache_ptr + tl.cast(start, tl.int64) * D
         first_v = v_cache_ptr + tl.cast(start, tl.int64) * D
-        is_aligned = (first_k.to(tl.int64) | first_v.to(tl.int64)) % 16 == 0
+        first_scale = kv_scale_ptr + tl.cast(start, tl.int64) * 2
+        is_aligned = (first_k.to(tl.int64) | first_v.to(tl.int64) | first_scale.to(tl.int64)) % 16 == 0
         if (rows > 0) & (start >= 0) & is_aligned:
             prefetch_l2(first_k, rows * D)
             prefetch_l2(first_v, rows * D)
+            prefetch_l2(first_scale, (rows + 1) // 2 * 16)
     wait_for_previous(PDL)
 
     lane = tl.arange(0, 32)[:, None, None, None]
