@@ -120,8 +120,8 @@ def _log2(x, USE_ASM: tl.constexpr):
 @triton.jit
 def _largest(x, OVER: tl.constexpr):
     """Of x [32, WARPS, N, C, E], whose lanes are [8, 4], the largest size over a thread's columns and over the lanes'
-    dimension OVER: [4 or 8, WARPS, N]. At least 2^-90: below, scales, and what the softmax makes of them, leave fp32. NaN
-    if there is one: its bits are above those of all numbers. A thread compares by fours, in 6 steps and not in 15.
+    dimension OVER: [4 or 8, WARPS, N]. At least 2^-90: below, scales, and what the softmax makes of them, leave fp32.
+    NaN if there is one: its bits are above those of all numbers. A thread compares by fours, in 6 steps and not in 15.
     """
     sizes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     sizes = sizes.reshape(8, 4, x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 4, 4)
