@@ -1,9 +1,10 @@
 """The suite `attention`: decode (one new token against a KV cache) and prefill (causal), grouped-query heads.
 
-Decode arms: tiny-gemm is decode_attention, which rotates q and k and appends to the cache as well; all others get a
-rotated q and a cache that holds the new token, and only attend: tiny-gemm-attend (fused_attention), pytorch (matmul,
-float32 softmax, matmul; the query heads of a KV head as rows of one product), sdpa-flash, sdpa-cudnn, and at COMPILED
-only flex_attention and torch.compile of the eager arm, which take seconds to compile.
+Decode arms: tiny-gemm is decode_attention, which rotates q and k and appends to the cache as well, tiny-gemm-int8 and
+tiny-gemm-fp8 the same over caches of 8 bits; all others get a rotated q and a cache that holds the new token, and only
+attend: tiny-gemm-attend (fused_attention), pytorch (matmul, float32 softmax, matmul; the query heads of a KV head as
+rows of one product), sdpa-flash, sdpa-cudnn, and at COMPILED only flex_attention and torch.compile of the eager arm,
+which take seconds to compile.
 Prefill arms: tiny-gemm is fused_attention. The oracle of a prefill is computed for the first, middle and last 64 rows.
 """
 
@@ -24,6 +25,7 @@ from tiny_gemm.reference import decode_attention_ref, fused_attention_ref, rotat
 HEADS = ((32, 8, 128), (32, 8, 64))  # query heads, KV heads, head size: Llama 3.1 8B and 3.2 1B
 DECODE_LENGTHS = (128, 512, 2048, 8192, 32768)
 PREFILL_LENGTHS = (128, 512, 2048, 8192)
+CACHES_8_BIT = {"int8": (torch.int8, 3e-2), "fp8": (torch.float8_e4m3fn, 0.1)}  # dtype, what the error may be
 COMPILED = {("decode", 1, 128, 2048), ("decode", 8, 128, 2048), ("prefill", 1, 128, 2048)}  # kind, B, D, L
 CHECKED_ROWS = 64
 
@@ -113,9 +115,16 @@ def decode_inputs(device, heads: int, kv_heads: int, d: int, b: int, n: int, dty
     return q, k, v, k_cache, v_cache, lengths, angles.cos().to(device), angles.sin().to(device)
 
 
+def in_8_bits(inputs: tuple, cached: torch.dtype) -> tuple[tuple, Tensor]:
+    """decode_inputs' with caches of that dtype, and kv_scale."""
+    pairs = [ops.quantize_kv(cache, cached) for cache in inputs[3:5]]
+    return (*inputs[:3], *(codes for codes, _ in pairs), *inputs[5:]), torch.stack([s for _, s in pairs], dim=-1)
+
+
 def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, with_compile: bool) -> Work:
-    q, k, v, *caches, lengths, cos, sin = decode_inputs(machine.device, heads, kv_heads, d, b, n, dtype)
-    oracle, k_cache, v_cache = decode_attention_ref(q, k, v, *caches, lengths, cos, sin)
+    inputs = decode_inputs(machine.device, heads, kv_heads, d, b, n, dtype)
+    q, k, v, _, _, lengths, cos, sin = inputs
+    oracle, k_cache, v_cache = decode_attention_ref(*inputs)
     rotated = rotate_half(q.double(), cos[-1].double(), sin[-1].double()).to(dtype)[:, :, None]  # [B, Hq, 1, D]
     nbytes = k_cache.nbytes + v_cache.nbytes + 2 * q.nbytes
     again = range(machine.copies(nbytes) - 1)
@@ -137,8 +146,23 @@ def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, w
             flops,
             note="RoPE and append included",
         ),
+        *(_decode_8_bit(machine, inputs, name, flops) for name in CACHES_8_BIT),
     ]
     return Work(arms, lambda out: relative_error(out.view(b, heads, d), oracle), 2 * BOUNDS[dtype])
+
+
+def _decode_8_bit(machine: Machine, inputs: tuple, name: str, flops: int) -> Arm:
+    """Held to the oracle of the cache as it was: its error is that of quantization."""
+    cached, bound = CACHES_8_BIT[name]
+    (q, k, v, k_cache, v_cache, *rest), kv_scale = in_8_bits(inputs, cached)
+    nbytes = k_cache.nbytes + v_cache.nbytes + kv_scale.nbytes + 2 * q.nbytes
+
+    def calls() -> list[Callable]:
+        copies = [[t.clone() for t in (q, k, v, k_cache, v_cache)] for _ in range(machine.copies(nbytes))]
+        return [functools.partial(ops.decode_attention, *c, *rest, kv_scale=kv_scale.clone()) for c in copies]
+
+    note = f"RoPE and append included, cache in 8 bits, held to {bound}"
+    return Arm(f"tiny-gemm-{name}", calls, nbytes, flops, note=note, bound=bound)
 
 
 def prefill_inputs(device, heads: int, kv_heads: int, d: int, b: int, Lq: int, Lk: int, dtype) -> tuple:

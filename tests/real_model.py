@@ -36,11 +36,14 @@ def real_tokens(tokenizer, count: int = 512) -> torch.Tensor:
     return torch.tensor(tokenizer.encode(PROSE.read_text())[:count])
 
 
-def logits_of(model: Transformer, tokens: torch.Tensor, decode_last: int = 0) -> torch.Tensor:
-    """float32 logits [len(tokens), V], on the CPU; the last `decode_last` positions come from decode steps."""
+def logits_of(
+    model: Transformer, tokens: torch.Tensor, decode_last: int = 0, cached: torch.dtype | None = None
+) -> torch.Tensor:
+    """float32 logits [len(tokens), V], on the CPU; the last `decode_last` positions come from decode steps. `cached`:
+    the KV cache's dtype, if not the model's."""
     tokens = tokens.to(model.device)
     first = len(tokens) - decode_last
-    cache = KVCache.allocate(model.config, 1, len(tokens), model.device, model.dtype)
+    cache = KVCache.allocate(model.config, 1, len(tokens), model.device, cached or model.dtype)
     lengths = torch.tensor([first], dtype=torch.int32, device=model.device)
     logits = [model.prefill(tokens[None, :first], lengths, cache, all_logits=True)[0].cpu()]
     logits += [model.decode(tokens[i : i + 1], cache).cpu() for i in range(first, len(tokens))]

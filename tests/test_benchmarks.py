@@ -525,7 +525,7 @@ def test_a_suite_runs_on_a_cpu(arguments, tmp_path, capsys, monkeypatch):
     assert environment == summary["environment"] and environment["driver"] is None
     assert all(SCHEMA <= r.keys() for r in rows)
     ours = [r for r in rows if report.is_ours(r)]
-    assert ours and all(r["us"] > 0 and r["max_rel_err"] < 0.06 for r in ours)
+    assert ours and all(r["us"] > 0 and r["max_rel_err"] < 0.1 for r in ours)
     peers = [r for r in rows if not report.is_ours(r)]
     assert peers and all(r["us"] or r["error"].startswith("absent: ") for r in peers)
 

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import tiny_checkpoints
+import torch
 from tokenizers import Tokenizer, processors
 from typer.testing import CliRunner
 
 from tiny_gemm import cli, doctor
 from tiny_gemm.doctor import Facts
+from tiny_gemm.model import KVCache
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,6 +179,17 @@ def test_quantize_on_load(checkpoint):
     assert packed < full
 
 
+def test_a_cache_of_8_bits(checkpoint, monkeypatch):
+    given = []
+    allocate = KVCache.allocate
+    monkeypatch.setattr(KVCache, "allocate", lambda *args: given.append(args[-1]) or allocate(*args))
+    for kv_cache in ("auto", "int8", "fp8"):
+        options = "--dtype", "bfloat16", "--kv-cache", kv_cache, "--json"
+        result = run("generate", checkpoint, "-p", "hello", "-n", 3, *options)
+        assert json.loads(result.stdout)["results"][0]["stats"]["new_tokens"] == 3
+    assert given == [torch.bfloat16, torch.int8, torch.float8_e4m3fn]
+
+
 BAD_CALLS = {
     "missing checkpoint": (["nowhere", "-p", "x"], ["nowhere", "not exist"]),
     "temperature": (["{}", "-p", "x", "-t", "-1"], ["temperature=-1"]),
@@ -189,6 +202,7 @@ BAD_CALLS = {
     "no such GPU": (["{}", "-p", "x", "--device", "cuda:99"], ["cuda:99", "doctor"]),
     "dtype": (["{}", "-p", "x", "--dtype", "int8"], ["int8", "bfloat16"]),
     "group": (["{}", "-p", "x", "--quantize", "48"], ["48"]),
+    "kv cache": (["{}", "-p", "x", "--kv-cache", "int4"], ["--kv-cache 'int4'", "auto, int8, fp8"]),
     "stdin twice": (["{}", "-p", "-", "-p", "-"], ["stdin"]),
 }
 

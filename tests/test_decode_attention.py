@@ -163,10 +163,11 @@ def test_window_softcap_sinks_and_lse(implementation, case, features):
     assert (lse - lse_ref(inputs, **arguments)).abs().max() < 2e-2
 
 
-def lse_ref(inputs, window, softcap, sinks):
-    """The natural logarithm of the softmax's denominator, [B, Hq]."""
+def lse_ref(inputs, window, softcap, sinks, appended=False):
+    """The natural logarithm of the softmax's denominator, [B, Hq]; the cache may have the new token already."""
     q, k, v, k_cache, v_cache, lengths, cos, sin = inputs
-    _, k_cache, _ = decode_attention_ref(*inputs)
+    if not appended:
+        _, k_cache, _ = decode_attention_ref(*inputs)
     rows = []
     for b, length in enumerate(lengths.tolist()):
         position = min(length, k_cache.shape[2] - 1)
@@ -177,6 +178,32 @@ def lse_ref(inputs, window, softcap, sinks):
         scores = softcap * torch.tanh(scores / softcap) if softcap else scores
         rows.append(torch.cat([scores] + ([sinks.double()[:, None]] if sinks is not None else []), -1).logsumexp(-1))
     return torch.stack(rows)
+
+
+NORM_CASES = {
+    "14_2_ragged": Case(14, 2, 100, (0, 64, 99, 100)),
+    "head_128": Case(4, 1, 90, (70,), D=128),
+    "head_80_partial_rope": Case(4, 1, 60, (58, 3), D=80, rotary=40),
+    "odd_rope": Case(2, 1, 40, (33,), rotary=22),
+    "no_rope": Case(6, 2, 40, (35, 3), D=96, rotary=0),
+}
+
+
+@parametrize_cases(NORM_CASES)
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+def test_norm_of_q_and_k(implementation, case, dtype):
+    """In the launch it gives what rms_norm before it gives, but for the order in which squares are added up."""
+    decode_attention, device = implementation
+    q, k, *rest = make_inputs(case, dtype, device)
+    inputs, norms = (q * 5, k * 0.1, *rest), norms_of(case, dtype, device)
+    check_against_oracle(decode_attention, inputs, **norms)
+    normed = (ops.rms_norm(x, norms[name], eps=1e-3) for x, name in zip(inputs[:2], norms, strict=False))
+    assert_close(run(decode_attention, inputs, **norms)[0], run(decode_attention, (*normed, *rest))[0].double())
+
+
+def norms_of(case: Case, dtype, device):
+    q_norm, k_norm = torch.linspace(0.5, 2, case.D, device=device), torch.linspace(-1, 1, case.D, device=device)
+    return {"q_norm": q_norm, "k_norm": k_norm.to(dtype), "norm_eps": 1e-3}
 
 
 def test_views_of_a_qkv_row_and_of_a_layered_cache(implementation):
@@ -308,10 +335,13 @@ AOT_CASES = [  # target, head size, KV heads, group, length of the cache
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_compiles_with_window_softcap_sinks_and_lse_for(target):
+def test_compiles_with_all_features_for(target):
     facts = aot.device_facts(target)
-    launcher = decode._launcher(decode.pick_config(8, 4, 4096, 128, 2, facts), 64, 4, 128, 2, 1024, 50.0, facts)
-    aot.check(aot.compile_launch(launcher, target, signature_of(launcher, lse_ptr="*fp32"), unaligned=("Lmax",)))
+    launcher = decode._launcher(
+        decode.pick_config(8, 4, 4096, 128, 2, facts), 64, 4, 128, torch.bfloat16, 1024, 50.0, 1e-6, facts
+    )
+    pointers = {name: "*fp32" for name in ("lse_ptr", "q_norm_ptr", "k_norm_ptr")}
+    aot.check(aot.compile_launch(launcher, target, signature_of(launcher, **pointers), unaligned=("Lmax",)))
 
 
 def signature_of(launcher, **more):
@@ -326,8 +356,8 @@ def signature_of(launcher, **more):
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, D // 2, group, D, 2, 0, 0.0, facts)
-    signature = signature_of(launcher, lse_ptr=None, sinks_ptr=None)
+    launcher = decode._launcher(config, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    signature = signature_of(launcher, **dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr")))
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
     aot.check(compiled, may_spill=D == 256 or group > 16)
     assert compiled.spills < 1000

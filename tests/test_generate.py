@@ -24,7 +24,7 @@ from tiny_gemm.generate import (
     penalize,
     sample,
 )
-from tiny_gemm.model import KVCache, ModelConfig
+from tiny_gemm.model import KV_CACHES, KVCache, ModelConfig
 
 SHAPE = dict(hidden=96, ffn=160, heads=6, kv_heads=2, head_dim=64)
 PROMPTS = ["the cat", "a", "hello world, and the end of it", "whose"]
@@ -194,24 +194,25 @@ SAMPLED = SamplingParams(temperature=1.0, top_k=50, top_p=0.95, repetition_penal
 GREEDY = SamplingParams(max_new_tokens=12)
 
 
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
 @pytest.mark.parametrize("params", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
-def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, params):
-    generator = Generator(*tiny, max_length=64)
+def test_a_row_of_a_batch_gets_what_it_gets_alone(tiny, params, kv_cache):
+    generator = Generator(*tiny, max_length=64, kv_cache=kv_cache)
     alone = [generator.generate(prompt, params)[0] for prompt in PROMPTS]  # the cache then grows to four rows
     together = generator.generate(PROMPTS, params)
     assert [r.token_ids for r in together] == [r.token_ids for r in alone]
     assert [r.text for r in together] == [r.text for r in alone]
-    assert [r.token_ids for r in Generator(*tiny, run_ahead=1).generate(PROMPTS, params)] == [
-        r.token_ids for r in alone
-    ]
+    ahead = Generator(*tiny, run_ahead=1, kv_cache=kv_cache).generate(PROMPTS, params)
+    assert [r.token_ids for r in ahead] == [r.token_ids for r in alone]
 
 
-def test_decoding_is_prefilling_one_token_more(tiny):
+@pytest.mark.parametrize("kv_cache", KV_CACHES)
+def test_decoding_is_prefilling_one_token_more(tiny, kv_cache):
     model, tokenizer = tiny
-    result = Generator(model, tokenizer).generate(PROMPTS[0], GREEDY)[0]
+    result = Generator(model, tokenizer, kv_cache=kv_cache).generate(PROMPTS[0], GREEDY)[0]
     ids = tokenizer.encode(PROMPTS[0])
     for token in result.token_ids:
-        cache = KVCache.allocate(model.config, 1, 64, "cpu", torch.float32)
+        cache = KVCache.allocate(model.config, 1, 64, "cpu", KV_CACHES[kv_cache] or torch.float32)
         logits = model.prefill(torch.tensor([ids]), torch.tensor([len(ids)], dtype=torch.int32), cache)
         assert int(logits.argmax(-1)) == token
         ids.append(token)
@@ -520,6 +521,8 @@ def test_takes_one_prompt_or_many(tiny):
 def test_refuses_what_it_cannot_do(tiny):
     with pytest.raises(ValueError, match="max_length=257 must be 1 to max_position_embeddings=256"):
         Generator(*tiny, max_length=257)
+    with pytest.raises(ValueError, match="kv_cache='int4' must be one of auto, int8, fp8"):
+        Generator(*tiny, kv_cache="int4")
     for prompts, params in (("text", {}), ([[5]], {"stop": "x"})):
         with pytest.raises(ValueError, match="need a tokenizer"):
             Generator(tiny[0]).stream(prompts, SamplingParams(**params))
@@ -543,6 +546,14 @@ GPU_PROMPTS = [
 @pytest.fixture
 def gpu():
     return smollm2(torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kv_cache", ["int8", "fp8"])
+def test_gpu_with_a_cache_of_8_bits_writes_the_same_again(gpu, kv_cache):
+    generator = Generator(*gpu, max_length=128, kv_cache=kv_cache)
+    first, second = (generator.generate(PROMPT, SamplingParams(max_new_tokens=20))[0].token_ids for _ in range(2))
+    assert first == second and first[:4] == tuple(ANSWER_IDS[:4])
 
 
 @pytest.mark.gpu

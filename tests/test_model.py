@@ -143,6 +143,35 @@ def test_a_decoded_row_has_the_same_bits_alone_as_in_a_batch():
             assert torch.equal(model.decode(t[None], alone)[0], batch[step][row])
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("cached", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_a_cache_of_8_bits(family, cached):
+    """Near the logits of a whole cache; tokens of prompts and decoded ones, alone or in a batch, are held alike."""
+    config = config_of(family, sliding_window=9)
+    model = Transformer(config, weights_of(config), torch.float32)
+    tokens, lengths = torch.randint(0, config.vocab_size, (3, 16)), lengths_of(12, 16, 5)
+
+    def new(batch: int, dtype: torch.dtype) -> KVCache:
+        return KVCache.allocate(config, batch, 20, "cpu", dtype)
+
+    whole, eighth = new(3, torch.float32), new(3, cached)
+    assert eighth.nbytes < 0.3 * whole.nbytes
+    exact, near = (model.prefill(tokens, lengths, cache, all_logits=True) for cache in (whole, eighth))
+    assert 0 < (near - exact)[0, :12].norm() < 0.1 * exact[0, :12].norm()
+
+    stepwise = new(1, cached)
+    first = model.prefill(tokens[1:2, :12], lengths_of(12), stepwise, all_logits=True)
+    steps = [model.decode(tokens[1:2, i], stepwise) for i in range(12, 16)]
+    scale = near[1].abs().max()
+    assert (torch.cat((first[0], *steps)) - near[1]).abs().max() < 2e-3 * scale, "a code may be the next one"
+    for layer in range(config.num_layers):
+        for a, b in ((stepwise.k[layer], eighth.k[layer]), (stepwise.v[layer], eighth.v[layer])):
+            assert (a[0, :, :16].float() != b[1, :, :16].float()).float().mean() < 1e-2
+        torch.testing.assert_close(stepwise.scales[layer][0, :, :16], eighth.scales[layer][1, :, :16])
+    rows = eighth.rows(2)
+    assert rows.batch == 2 and rows.scales[0].data_ptr() == eighth.scales[0].data_ptr()
+
+
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_the_head_keeps_float32_logits(rows):
     weight, x = torch.randn(1000, 96, dtype=torch.float16), torch.randn(rows, 96, dtype=torch.bfloat16)
@@ -284,6 +313,18 @@ def test_real_model_on_the_default_path_agrees_with_float32(record_property):
     record_property("agreement", str(agreement))
     print(agreement)
     assert agreement.top1 >= 0.98 and agreement.mean_kl < 2e-3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("cached, top1, mean_kl", [(torch.int8, 0.97, 3e-3), (torch.float8_e4m3fn, 0.93, 1.5e-2)])
+def test_real_model_with_a_cache_of_8_bits(cached, top1, mean_kl, device, record_property):
+    """Beside the same model with a cache of its own dtype."""
+    model, tokenizer = smollm2(torch.float32 if device == "cpu" else torch.bfloat16, device)
+    tokens = real_tokens(tokenizer)
+    agreement = compare(logits_of(model, tokens), logits_of(model, tokens, decode_last=32, cached=cached))
+    record_property("agreement", str(agreement))
+    print(agreement)
+    assert agreement.top1 >= top1 and agreement.mean_kl < mean_kl
 
 
 @pytest.mark.gpu

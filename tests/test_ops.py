@@ -36,7 +36,7 @@ class Case:
     op: Callable
     oracle: Callable
     make: Callable
-    batched: tuple[int, ...] = (0,)  # which positional arguments have a row for each row of the batch
+    batched: tuple[int | str, ...] = (0,)  # which arguments, by position or name, have a row for each row of the batch
     mutated: tuple[int, ...] = ()
 
 
@@ -107,17 +107,23 @@ def attention_case(heads, kv_heads, length, kv_length, d, causal):
     return Case(ops.fused_attention, reference.fused_attention_ref, make, batched=(0, 1, 2))
 
 
-def decode_case(heads, kv_heads, d, max_length, **features):
+def decode_case(heads, kv_heads, d, max_length, cached=None, **features):
+    """cached: the dtype of a cache of 8 bits."""
+
     def make(rows, dtype):
         row = randn(rows, heads + 2 * kv_heads, d, seed=1, dtype=dtype)
         q, k, v = row.split((heads, kv_heads, kv_heads), dim=1)
         caches = [randn(rows, kv_heads, max_length, d, seed=s, dtype=dtype) for s in (2, 3)]
         lengths = torch.tensor([(37 * r + max_length // 2) % max_length for r in range(rows)], dtype=torch.int32)
         angles = torch.outer(torch.arange(max_length), 1e4 ** -(torch.arange(d // 2) / (d // 2)))
-        return (q, k, v, *caches, lengths, angles.cos(), angles.sin()), features
+        options = dict(features)
+        if cached is not None:
+            caches, scales = zip(*(ops.quantize_kv(cache, cached) for cache in caches), strict=True)
+            options["kv_scale"] = torch.stack(scales, dim=-1)
+        return (q, k, v, *caches, lengths, angles.cos(), angles.sin()), options
 
     oracle = lambda *args, **kwargs: reference.decode_attention_ref(*args, **kwargs)[0]  # noqa: E731
-    return Case(ops.decode_attention, oracle, make, batched=(0, 1, 2, 3, 4, 5), mutated=(3, 4))
+    return Case(ops.decode_attention, oracle, make, batched=(0, 1, 2, 3, 4, 5, "kv_scale"), mutated=(3, 4))
 
 
 CASES = {
@@ -139,6 +145,9 @@ CASES = {
     "fused_attention": attention_case(9, 3, 37, 41, 64, True),
     "fused_attention-decode": attention_case(14, 2, 1, 100, 80, False),
     "decode_attention": decode_case(9, 3, 64, 200),
+    "decode_attention-int8": decode_case(9, 3, 64, 200, torch.int8),
+    "decode_attention-fp8": decode_case(4, 2, 128, 70, torch.float8_e4m3fn),
+    "decode_attention-norm": decode_case(4, 2, 64, 90, q_norm=randn(64), k_norm=randn(64)),
     "decode_attention-features": decode_case(4, 2, 64, 90, window=50, softcap=4.0, sinks=torch.ones(4)),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -202,7 +211,10 @@ def test_matches_the_oracle(case, dtype, rows, device, poisoned):
 def test_opcheck(case, device):
     args, kwargs = arguments(case, 2, torch.bfloat16, device)
     overload, parts, part_kwargs = overload_and_parts(case, args, kwargs)
-    torch.library.opcheck(overload, parts, part_kwargs, rtol=2e-2, atol=2e-2)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    if any(isinstance(p, torch.Tensor) and p.dtype == torch.float8_e4m3fn for p in parts):
+        checks.remove("test_schema")  # it compares tensors with allclose, which knows no float8
+    torch.library.opcheck(overload, parts, part_kwargs, test_utils=checks, rtol=2e-2, atol=2e-2)
 
 
 @every_device
@@ -261,7 +273,8 @@ def test_a_row_has_the_same_bits_alone_and_in_a_batch_of_8(case, dtype, device):
         alone = tuple(
             a[row : row + 1].clone() if i in case.batched and a is not None else a for i, a in enumerate(args)
         )
-        for a, e in zip(flat(case.op(*alone, **kwargs)), together, strict=True):
+        options = {name: a[row : row + 1].clone() if name in case.batched else a for name, a in kwargs.items()}
+        for a, e in zip(flat(case.op(*alone, **options)), together, strict=True):
             assert torch.equal(a[0], e[row]), f"row {row}"
 
 
@@ -427,6 +440,7 @@ def test_attention_options_in_torch(device):
 X, W = randn(2, 128), quantize(randn(32, 128))
 Q, K = randn(1, 4, 3, 64), randn(1, 2, 5, 64)
 D3, KV3, CACHE = randn(2, 4, 64), randn(2, 2, 64), randn(2, 2, 16, 64)
+CACHE8, SCALES = CACHE.to(torch.int8), torch.ones(2, 2, 16, 2)
 LENGTHS = torch.zeros(2, dtype=torch.int32)
 DECODE = D3, KV3, KV3, CACHE, CACHE.clone(), LENGTHS
 MISTAKES = {
@@ -538,6 +552,64 @@ MISTAKES = {
         lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE[:, :, :8], LENGTHS),
         ValueError,
         "v_cache has shape",
+    ),
+    "cache-dtype": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE.to(torch.uint8), CACHE.to(torch.uint8), LENGTHS),
+        TypeError,
+        "k_cache is torch.uint8",
+    ),
+    "caches-dtypes": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE8, CACHE8.to(torch.float8_e4m3fn), LENGTHS, kv_scale=SCALES),
+        TypeError,
+        "v_cache is torch.float8_e4m3fn and k_cache torch.int8",
+    ),
+    "scales-missing": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE8, CACHE8, LENGTHS),
+        ValueError,
+        "k_cache is torch.int8 and kv_scale None",
+    ),
+    "scales-of-16-bits": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE, CACHE, LENGTHS, kv_scale=SCALES),
+        ValueError,
+        "kv_scale is for caches of int8 or float8_e4m3fn",
+    ),
+    "scales-shape": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE8, CACHE8, LENGTHS, kv_scale=SCALES[..., 0]),
+        ValueError,
+        "kv_scale has shape",
+    ),
+    "scales-dtype": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE8, CACHE8, LENGTHS, kv_scale=SCALES.half()),
+        TypeError,
+        "kv_scale is torch.float16",
+    ),
+    "scales-strides": (
+        lambda: ops.decode_attention(D3, KV3, KV3, CACHE8, CACHE8, LENGTHS, kv_scale=SCALES.mT.contiguous().mT),
+        ValueError,
+        "kv_scale has strides",
+    ),
+    "cache-rows": (
+        lambda: ops.decode_attention(
+            D3, KV3, KV3, *[CACHE8.repeat(1, 1, 2, 1)[:, :, ::2]] * 2, LENGTHS, kv_scale=SCALES
+        ),
+        ValueError,
+        "the third must be the head size 64",
+    ),
+    "one-norm": (lambda: ops.decode_attention(*DECODE, q_norm=torch.ones(64)), ValueError, "q_norm and k_norm must"),
+    "norm-shape": (
+        lambda: ops.decode_attention(*DECODE, q_norm=torch.ones(64), k_norm=torch.ones(32)),
+        ValueError,
+        "k_norm has shape",
+    ),
+    "norm-dtype": (
+        lambda: ops.decode_attention(*DECODE, q_norm=torch.ones(64), k_norm=torch.ones(64).int()),
+        TypeError,
+        "k_norm is torch.int32",
+    ),
+    "norm-eps": (
+        lambda: ops.decode_attention(*DECODE, q_norm=torch.ones(64), k_norm=torch.ones(64), norm_eps=-1.0),
+        ValueError,
+        "norm_eps=-1.0 must be",
     ),
 }
 

@@ -407,7 +407,7 @@ def test_triton_stores_what_the_kernels_declare():
 
     kernels = [k for m in (triton_gemm, attention, decode_attention, ffn, norm) for k in vars(m).items()]
     ours = {name: kernel for name, kernel in kernels if name.endswith("_kernel")}
-    assert len(ours) == 8
+    assert len(ours) == 9
     for name, kernel in ours.items():
         declared = getattr(kernel, "launch_metadata", None) or kernel.kwargs["launch_metadata"]
         assert callable(declared), name
@@ -460,12 +460,16 @@ def test_declared_costs_of_the_kernels():
     args |= dict(lengths_ptr=lengths, out_ptr=torch.zeros(3, 4, 64, dtype=torch.float16), Lmax=100, ROPE_HALF=32, D=64)
     args |= dict(sinks_ptr=None, lse_ptr=None, WINDOW=0)
     row = 2 * 2 * 64 * 2
-    assert decode_attention._decode_attention_cost((1, 2, 3), None, args) == {
+    assert decode_attention.decode_attention_cost((1, 2, 3), None, args) == {
         "bytes": 2 * 3 * (4 + 2 + 2 + 4) * 64 + 12 + 3 * 2 * 32 * 4 + 2 * row + 110 * row,
         "flops16": 4 * 4 * (11 + 100 + 1) * 64,
     }
-    windowed = decode_attention._decode_attention_cost((1, 2, 3), None, args | dict(WINDOW=30))
+    windowed = decode_attention.decode_attention_cost((1, 2, 3), None, args | dict(WINDOW=30))
     assert windowed["flops16"] == 4 * 4 * (11 + 30 + 1) * 64
+    codes, scales = torch.zeros(3, 2, 100, 64, dtype=torch.int8), torch.zeros(3, 2, 100, 2)
+    of_8_bits = args | dict(k_cache_ptr=codes, v_cache_ptr=codes, kv_scale_ptr=scales, q_norm_ptr=torch.zeros(64))
+    cost = decode_attention.decode_attention_cost((1, 2, 3), None, of_8_bits)
+    assert cost["bytes"] == 2 * 3 * (4 + 2 + 2 + 4) * 64 + 12 + 3 * 2 * 32 * 4 + 256 + (2 + 110) * 2 * 2 * (64 + 4)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading

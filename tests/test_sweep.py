@@ -101,11 +101,12 @@ ATTENTION = {
 
 @pytest.mark.parametrize("quick", [True, False])
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("itemsize", [1, 2])
 @pytest.mark.parametrize(("kv_heads", "length", "head_dim"), ATTENTION.values(), ids=ATTENTION.keys())
-def test_attention_candidates_can_be_launched(kv_heads, length, head_dim, target, quick):
+def test_attention_candidates_can_be_launched(kv_heads, length, head_dim, itemsize, target, quick):
     facts = aot.device_facts(target)
-    found = sweep_decode_attention.candidates(kv_heads, 4, length, head_dim, 2, facts, quick=quick)
-    assert found[0] == pick_config(kv_heads, 4, length, head_dim, 2, facts)
+    found = sweep_decode_attention.candidates(kv_heads, 4, length, head_dim, itemsize, facts, quick=quick)
+    assert found[0] == pick_config(kv_heads, 4, length, head_dim, itemsize, facts)
     assert len(found) >= 3 and len(set(found)) == len(found)
     for c in found:
         assert c.num_warps in (2, 4, 8), "what the kernel knows to add up"
@@ -145,14 +146,15 @@ def count_calls(calls, machine):
 
 @pytest.mark.interp
 @pytest.mark.parametrize("filled", [39, 0])
-def test_attention_is_checked_before_it_is_timed(filled, monkeypatch, capsys):
+@pytest.mark.parametrize("cached", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_attention_is_checked_before_it_is_timed(filled, cached, monkeypatch, capsys):
     right, wrong, failed = (DecodeAttentionConfig(n, 2, 1) for n in (2, 1, 3))
 
-    def launch(*inputs):
+    def launch(*inputs, **options):
         config = decode_attention.pick_config()
         if config == failed:
             raise RuntimeError("out of registers\nmore")
-        out = real(*inputs)
+        out = real(*inputs, **options)
         if config == wrong:
             inputs[4][:, :, filled] = 0  # v is not appended
         return out
@@ -160,9 +162,10 @@ def test_attention_is_checked_before_it_is_timed(filled, monkeypatch, capsys):
     real = decode_attention.decode_attention
     monkeypatch.setattr(decode_attention, "decode_attention", launch)
     monkeypatch.setattr(sweeps, "time_us", count_calls)
-    rows = sweep_case((4, 2, 64), 40, filled, torch.bfloat16, [right, wrong, failed], CPU, 2)
+    rows = sweep_case((4, 2, 64), 40, filled, torch.bfloat16, cached, [right, wrong, failed], CPU, 2)
     assert [(row["config"]["num_splits"], row["picked"]) for row in rows] == [(2, True)]
-    assert rows[0]["floor_us"] == (2 * 2 * 4 * 64 * 2 + 2 * 2 * 2 * 64 * 2 * (filled + 1)) / 1e3
+    token = 2 * 64 * 2 if cached is None else 2 * (64 + 4)
+    assert rows[0]["floor_us"] == (2 * 2 * 4 * 64 * 2 + 2 * 2 * token * (filled + 1)) / 1e3
     assert 0 <= rows[0]["max_rel_err"] < 1e-2 and rows[0]["us"] == 2
     said = capsys.readouterr().err
     assert f"{wrong} is wrong by 1" in said and f"{failed}: RuntimeError: out of registers\n" in said
@@ -176,9 +179,11 @@ def test_a_configuration_is_put_in_the_place_of_pick_configs(monkeypatch):
 
 
 @pytest.mark.gpu
-def test_attention_is_swept(tmp_path, capsys):
+@pytest.mark.parametrize("cache", ["auto", "int8", "fp8"])
+def test_attention_is_swept(cache, tmp_path, capsys):
     out = tmp_path / "times.json"
     arguments = ["--heads", "4x2x64", "--lengths", "100", "--batch-sizes", "1", "2", "--filled", "50", "--quick"]
+    arguments += ["--cache", cache]
     assert sweep_decode_attention.main([*arguments, "--out", str(out)]) == 0
     said = capsys.readouterr()
     assert said.out.count("4/2 D64 L 100 filled 50") == 2 and "wrong" not in said.err

@@ -105,6 +105,9 @@ def generate(
     device: Device = "auto",
     dtype: Dtype = "auto",
     quantize: QuantizeOnLoad = None,
+    kv_cache: Annotated[
+        str, typer.Option(metavar="auto|int8|fp8", help="Keys and values: in --dtype, or in 8 bits, half the memory.")
+    ] = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Writes text: what the model answers to a prompt."""
@@ -114,8 +117,11 @@ def generate(
 
         from tiny_gemm import checkpoint
         from tiny_gemm.generate import Generator, SamplingParams
+        from tiny_gemm.model import KV_CACHES
 
         keep_memory_small()
+        if kv_cache not in KV_CACHES:
+            raise ValueError(f"--kv-cache {kv_cache!r} must be one of {', '.join(KV_CACHES)}")
         params = SamplingParams(  # refuses what makes no sense before a model is loaded
             temperature=temperature,
             top_k=top_k,
@@ -133,7 +139,8 @@ def generate(
         limit = transformer.config.max_position_embeddings
         if max_new_tokens is None:  # then no more than the model has room for
             params = replace(params, max_new_tokens=max(1, min(DEFAULT_NEW_TOKENS, limit - longest)))
-        generator = Generator(transformer, tokenizer, max_length=min(longest + params.max_new_tokens, limit))
+        max_length = min(longest + params.max_new_tokens, limit)
+        generator = Generator(transformer, tokenizer, max_length=max_length, kv_cache=kv_cache)
 
         is_chat = not raw and tokenizer.chat_template is not None
         prompts = token_ids if is_chat else texts  # text goes on from text, a chat's answer begins anew

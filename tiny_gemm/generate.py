@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tiny_gemm.model import KVCache, Transformer
+from tiny_gemm.model import KV_CACHES, KVCache, Transformer
 
 MAX_BATCH = 8
 MAX_GRAPHS = 16  # captured steps kept: one for each batch size and set of sampling parameters
@@ -114,6 +114,7 @@ class Generator:
     """Generates with one model; keeps the KV cache and the CUDA graphs from call to call (one call at a time).
 
     max_length: tokens a row can hold, prompt and answer; default 2048 or what the model allows, if that is less.
+    kv_cache: "auto", keys and values in the model's dtype, or "int8" or "fp8" (e4m3): half of the bytes, rounded.
     run_ahead: steps launched before the host reads a token; default 1 on a GPU, 0 on a CPU.
     cuda_graph: False launches every kernel of a step by itself, for profilers and debuggers.
     """
@@ -124,15 +125,18 @@ class Generator:
         tokenizer=None,
         *,
         max_length: int | None = None,
+        kv_cache: str = "auto",
         run_ahead: int | None = None,
         cuda_graph: bool = True,
     ):
         config = model.config
+        if kv_cache not in KV_CACHES:
+            raise ValueError(f"kv_cache={kv_cache!r} must be one of {', '.join(KV_CACHES)}")
         self.model, self.tokenizer = model, tokenizer
         if max_length is None:
             max_length = min(2048, config.max_position_embeddings)
         config.check_cache_length(max_length)
-        self.max_length = max_length
+        self.max_length, self.kv_dtype = max_length, KV_CACHES[kv_cache] or model.dtype
         self.run_ahead = int(model.device.type == "cuda") if run_ahead is None else run_ahead
         self.cuda_graph = cuda_graph and model.device.type == "cuda"
         self._turn = 0  # counts calls, so that a stream whose cache another call has taken over can tell
@@ -233,7 +237,7 @@ class Generator:
                 self._graph_pool = torch.cuda.graph_pool_handle()  # a pool ends with the last of its graphs
             model = self.model
             with torch.inference_mode(False):  # so that calls within and without inference mode can share them
-                cache = KVCache.allocate(model.config, batch, self.max_length, model.device, model.dtype)
+                cache = KVCache.allocate(model.config, batch, self.max_length, model.device, self.kv_dtype)
                 self._slots = _Slots.allocate(cache, model.config.vocab_size)
         return self._slots.rows(batch)
 

@@ -191,28 +191,39 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
         raise ValueError(f"rope_scaling lacks {e}, which its rope_type needs: {dict(scaling)}") from e
 
 
+KV_CACHES = {"auto": None, "int8": torch.int8, "fp8": torch.float8_e4m3fn}  # None: the model's own dtype
+
+
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values of every layer, [B, Hkv, max_length, D] each; lengths int32 [B] says on the device how many
-    positions of a row are filled. rope_cos, rope_sin: float32 [max_length, D / 2]."""
+    positions of a row are filled. rope_cos, rope_sin: float32 [max_length, D / 2]. scales: None, or of keys and values
+    in 8 bits what decode_attention calls kv_scale, of every layer."""
 
     k: list[Tensor]
     v: list[Tensor]
     lengths: Tensor
     rope_cos: Tensor
     rope_sin: Tensor
+    scales: list[Tensor] | None = None
 
     @classmethod
     def allocate(cls, config: ModelConfig, batch: int, max_length: int, device, dtype: torch.dtype) -> "KVCache":
-        """A cache for `batch` rows of up to `max_length` tokens each, prompt and answer together."""
+        """A cache for `batch` rows of up to `max_length` tokens each, prompt and answer together. dtype: the model's,
+        int8 or float8_e4m3fn."""
         if batch < 1:
             raise ValueError(f"batch={batch} must be positive")
         config.check_cache_length(max_length)
-        shape = (batch, config.num_kv_heads, max_length, config.head_dim)
-        new = lambda: [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_layers)]  # noqa: E731
+        shape = (batch, config.num_kv_heads, max_length)
+
+        def new(dtype: torch.dtype, last: int) -> list[Tensor]:
+            return [torch.zeros(*shape, last, device=device, dtype=dtype) for _ in range(config.num_layers)]
+
         angles = torch.outer(torch.arange(max_length, dtype=torch.float32), rope_frequencies(config))
         lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        return cls(new(), new(), lengths, angles.cos().to(device), angles.sin().to(device))
+        scales = new(torch.float32, 2) if dtype.itemsize == 1 else None
+        rope = angles.cos().to(device), angles.sin().to(device)
+        return cls(new(dtype, config.head_dim), new(dtype, config.head_dim), lengths, *rope, scales)
 
     @property
     def batch(self) -> int:
@@ -224,12 +235,30 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return 2 * len(self.k) * self.k[0].numel() * self.k[0].element_size()
+        return sum(t.nbytes for t in (*self.k, *self.v, *(self.scales or ())))
 
     def rows(self, batch: int) -> "KVCache":
         """A view of the first `batch` rows."""
         k, v = [t[:batch] for t in self.k], [t[:batch] for t in self.v]
-        return KVCache(k, v, self.lengths[:batch], self.rope_cos, self.rope_sin)
+        scales = None if self.scales is None else [t[:batch] for t in self.scales]
+        return KVCache(k, v, self.lengths[:batch], self.rope_cos, self.rope_sin, scales)
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the keys and values of prompts, [B, Hkv, L, D], from position 0 on; returns them as it holds them, in
+        v's dtype, so that prefill attends to what decode will see."""
+        held = []
+        for i, (new, cached) in enumerate(((k, self.k[layer]), (v, self.v[layer]))):
+            part = cached[:, :, : new.shape[2]]
+            if self.scales is None:
+                new = new.to(v.dtype)
+                part.copy_(new)
+            else:
+                codes, scale = ops.quantize_kv(new, cached.dtype)
+                part.copy_(codes)
+                self.scales[layer][:, :, : new.shape[2], i] = scale
+                new = ops.dequantize_kv(codes, scale, v.dtype)
+            held.append(new)
+        return tuple(held)
 
 
 @dataclass(frozen=True)
@@ -331,7 +360,8 @@ class Layer:
 
 class Transformer:
     """A model ready to run on the device that its weights are on. `dtype` is that of activations, 16-bit linear weights
-    and the KV cache; float32 is the exact mode: all weights, INT4 ones too, are widened to it as they are loaded.
+    and, unless it has 8 bits, the KV cache; float32 is the exact mode: all weights, INT4 ones too, are widened to it as
+    they are loaded.
 
     `weights` maps Hugging Face names to tensors [N, K] or Int4Weights, and x.input_order to the input order, int32 [K],
     of the Int4Weight x.weight if it has one. It is emptied, so that each source tensor is freed as soon as it is fused.
@@ -422,9 +452,11 @@ class Transformer:
         cos, sin = cache.rope_cos[:length], cache.rope_sin[:length]
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, L, H, D]
-            q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin), rotate(k, cos, sin), v))
-            cache.k[i][:, :, :length] = k
-            cache.v[i][:, :, :length] = v
+            layer, eps = self.layers[i], self.config.rms_norm_eps
+            if layer.q_norm is not None:
+                q, k = ops.rms_norm(q, layer.q_norm, eps=eps), ops.rms_norm(k, layer.k_norm, eps=eps)
+            q, k, v = (t.transpose(1, 2) for t in (rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin), v))
+            k, v = cache.fill(i, k, v)
             return ops.fused_attention(q, k, v, causal=True, window=self.config.window(i)).transpose(1, 2)
 
         cache.lengths.copy_(lengths)
@@ -442,15 +474,21 @@ class Transformer:
         """
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, H, D]
-            cached = cache.k[i], cache.v[i], cache.lengths, cache.rope_cos, cache.rope_sin
-            return ops.decode_attention(q, k, v, *cached, window=self.config.window(i))
+            layer = self.layers[i]
+            return ops.decode_attention(
+                q, k, v, cache.k[i], cache.v[i], cache.lengths, cache.rope_cos, cache.rope_sin,
+                kv_scale=None if cache.scales is None else cache.scales[i],
+                q_norm=layer.q_norm, k_norm=layer.k_norm, norm_eps=self.config.rms_norm_eps,
+                window=self.config.window(i),
+            )  # fmt: skip
 
         x = self._forward(tokens, attend)
         cache.lengths.add_(1)
         return self.head(x)
 
     def _forward(self, tokens: Tensor, attend) -> Tensor:
-        """tokens [...] -> the normed last hidden state [..., d]; attend(layer, q, k, v) works on [..., heads, D]."""
+        """tokens [...] -> the normed last hidden state [..., d]; attend(layer, q, k, v) works on [..., heads, D], and
+        norms and rotates q and k first."""
         c, eps = self.config, self.config.rms_norm_eps
         heads = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
         x = F.embedding(tokens, self.embedding)
@@ -460,8 +498,6 @@ class Transformer:
         for i, layer in enumerate(self.layers):
             qkv = layer.qkv(x).unflatten(-1, (sum(heads), c.head_dim))
             q, k, v = qkv.split_with_sizes(heads, dim=-2)
-            if layer.q_norm is not None:
-                q, k = ops.rms_norm(q, layer.q_norm, eps=eps), ops.rms_norm(k, layer.k_norm, eps=eps)
             x = layer.out(attend(i, q, k, v).flatten(-2))
             x, residual = ops.rms_norm(x, layer.ffn_norm, residual, eps=eps)
             x = layer.ffn(x)
@@ -479,10 +515,11 @@ class Transformer:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """RoPE on x [B, L, H, D] at positions 0 to L - 1: halves (a, b) of a head become (a cos - b sin, b cos + a sin)."""
+    """RoPE on x [B, L, H, D] at positions 0 to L - 1: halves (a, b) of a head become (a cos - b sin, b cos + a sin), in
+    float32."""
     a, b = x.float().chunk(2, dim=-1)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # [L, 1, D / 2]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 def _alike(weights: list[Matrix]) -> bool:

@@ -835,6 +835,10 @@ def decode_attention(
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
     *,
+    kv_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
@@ -844,11 +848,17 @@ def decode_attention(
     """One decode step of attention in one launch: RoPE on q and k, append to the cache, attention over the cache.
 
     q: [B, Hq, D]; k, v: [B, Hkv, D], the new token's; last dimension contiguous (they may be views of one QKV row).
-    k_cache, v_cache: [B, Hkv, Lmax, D], last dimension contiguous, WRITTEN IN PLACE at position lengths[b].
+    k_cache, v_cache: [B, Hkv, Lmax, D], last dimension contiguous, WRITTEN IN PLACE at position lengths[b]; of q's
+    dtype, or both int8 or float8_e4m3fn. Those of 8 bits need kv_scale: float32 [B, Hkv, Lmax, 2], last two dimensions
+    contiguous, WRITTEN IN PLACE too. A key is kv_scale[..., 0] times what k_cache holds, a value kv_scale[..., 1] times
+    what v_cache holds; the largest element of each is held as 127 or 448, as quantize_kv does it. The rows of such
+    caches follow each other: dimension Lmax has stride D.
     lengths: int32 [B] on the device: tokens already in the cache, negative ones count as 0. Not advanced here: all
     layers of a step share it.
     rope_cos, rope_sin: float32 [>= Lmax, R / 2], row p for position p, rotate-half pairing (d with d + R / 2) over the
-    first R <= D dimensions; None for no RoPE. scale: default D ** -0.5.
+    first R <= D dimensions; None for no RoPE. q_norm, k_norm: [D], the weights of an RMSNorm (with norm_eps) of each
+    head of q and of k before RoPE, rounded to q's dtype as rms_norm does; None for none.
+    scale: default D ** -0.5.
     window: only the last `window` tokens count, the new one included; 0: all. (Cached values before it must still be
     numbers, as those of a tile are multiplied by 0.) softcap: scores become
     softcap * tanh(score / softcap); 0: they stay. sinks: [Hq], a score for each head that joins the softmax and that no
@@ -857,23 +867,48 @@ def decode_attention(
     callers must check. Returns [B, Hq, D] in q's dtype.
     """
     op = torch.ops.tiny_gemm.decode_attention
-    if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=(rope_cos, rope_sin, sinks, lse)):
+    optional = rope_cos, rope_sin, kv_scale, q_norm, k_norm, sinks, lse
+    if _is_plain(q, k, v, k_cache, v_cache, lengths, optional=optional):
         op = _decode_attention_cuda if q.is_cuda else _decode_attention_cpu
         scale, window, softcap = None if scale is None else float(scale), int(window), float(softcap)
+        norm_eps = float(norm_eps)
     return op(
         q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin,
+        kv_scale=kv_scale, q_norm=q_norm, k_norm=k_norm, norm_eps=norm_eps,
         scale=scale, window=window, softcap=softcap, sinks=sinks, lse=lse,
     )  # fmt: skip
 
 
+def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys or values x [..., D] as a cache of 8 bits holds them: (codes [..., D] of `dtype`, float32 scales [...]).
+
+    dtype: int8 or float8_e4m3fn, in which the largest element of each vector becomes 127 or 448.
+    """
+    x = x.float()
+    largest = x.abs().amax(-1).clamp_(min=reference.KV_SMALLEST)
+    codes = x * (reference.KV_LARGEST[dtype] / largest).unsqueeze(-1)
+    if dtype == torch.int8:
+        codes.round_()
+    else:
+        codes.clamp_(-448.0, 448.0)
+    return codes.to(dtype), largest.mul_(1 / reference.KV_LARGEST[dtype])
+
+
+def dequantize_kv(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """What quantize_kv gave, as `dtype`."""
+    return codes.float().mul_(scale.unsqueeze(-1)).to(dtype)
+
+
 def _check_decode_attention(
     q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None,
-    *, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
+    *, kv_scale=None, q_norm=None, k_norm=None, norm_eps=1e-6, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
 ) -> None:  # fmt: skip
     op = "decode_attention"
-    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache}
-    tensors |= {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "sinks": sinks, "lse": lse}
-    _check_tensors(op, q, tensors, same_dtype=("k", "v", "k_cache", "v_cache"))
+    tensors = {"k": k, "v": v, "k_cache": k_cache, "v_cache": v_cache, "lengths": lengths, "kv_scale": kv_scale}
+    tensors |= {"rope_cos": rope_cos, "rope_sin": rope_sin, "q_norm": q_norm, "k_norm": k_norm}
+    tensors |= {"sinks": sinks, "lse": lse}
+    in_8_bits = k_cache.dtype in reference.KV_LARGEST
+    _check_tensors(op, q, tensors, same_dtype=("k", "v") if in_8_bits else ("k", "v", "k_cache", "v_cache"))
     if q.dim() != 3 or k.dim() != 3 or k_cache.dim() != 4:
         raise ValueError(
             f"{op}: q, k, k_cache have {q.dim()}, {k.dim()}, {k_cache.dim()} dimensions, "
@@ -903,6 +938,7 @@ def _check_decode_attention(
             )
         if not 0 < 2 * rope_cos.shape[1] <= d:
             raise ValueError(f"{op}: RoPE over {2 * rope_cos.shape[1]} dimensions must be at most the head size {d}")
+    _check_qk_norm(op, d, q_norm, k_norm, norm_eps)
     _check_scores(op, q_heads, window, softcap, sinks)
     if lse is not None:
         _check_shape(op, "lse", lse, (b, q_heads))
@@ -913,14 +949,48 @@ def _check_decode_attention(
         for name, t in (("q", q), ("k", k), ("v", v), ("k_cache", k_cache), ("v_cache", v_cache)):
             if t.stride(-1) != 1:
                 raise ValueError(f"{op}: {name}'s last dimension has stride {t.stride(-1)}, it must be contiguous")
-    contiguous = {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "sinks": sinks, "lse": lse}
-    for name, t in contiguous.items():
+    contiguous = {"lengths": lengths, "rope_cos": rope_cos, "rope_sin": rope_sin, "q_norm": q_norm, "k_norm": k_norm}
+    for name, t in (contiguous | {"sinks": sinks, "lse": lse}).items():
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{op}: {name} has strides {t.stride()}, it must be contiguous")
     if k_strides != v_strides and any(
         a != b for a, b, n in zip(k_strides, v_strides, k_cache.shape, strict=True) if n > 1
     ):
         raise ValueError(f"{op}: k_cache has strides {k_strides} and v_cache {v_strides}; they must agree")
+    if in_8_bits:
+        _check_8_bits(op, k_cache, v_cache, kv_scale)
+    elif kv_scale is not None:
+        raise ValueError(f"{op}: kv_scale is for caches of int8 or float8_e4m3fn, and k_cache is {k_cache.dtype}")
+
+
+def _check_8_bits(op: str, k_cache: Tensor, v_cache: Tensor, kv_scale: Tensor | None) -> None:
+    if v_cache.dtype != k_cache.dtype:
+        raise TypeError(f"{op}: v_cache is {v_cache.dtype} and k_cache {k_cache.dtype}; they must have one dtype")
+    if kv_scale is None:
+        raise ValueError(f"{op}: k_cache is {k_cache.dtype} and kv_scale None; a cache of 8 bits needs its scales")
+    _check_shape(op, "kv_scale", kv_scale, (*k_cache.shape[:3], 2))
+    if kv_scale.dtype != torch.float32:
+        raise TypeError(f"{op}: kv_scale is {kv_scale.dtype}, it must be float32")
+    if kv_scale.stride()[2:] != (2, 1):
+        raise ValueError(f"{op}: kv_scale has strides {kv_scale.stride()}, the last two must be 2 and 1")
+    if k_cache.shape[2] > 1 and k_cache.stride(2) != k_cache.shape[3]:
+        strides, d = k_cache.stride(), k_cache.shape[3]
+        raise ValueError(
+            f"{op}: k_cache has strides {strides}, of a cache of 8 bits the third must be the head size {d}"
+        )
+
+
+def _check_qk_norm(op: str, head_size: int, q_norm: Tensor | None, k_norm: Tensor | None, norm_eps: float) -> None:
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError(f"{op}: q_norm and k_norm must both be given or both be None")
+    if q_norm is None:
+        return
+    for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+        _check_shape(op, name, t, (head_size,))
+        if t.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{op}: {name} is {t.dtype}, it must be bfloat16, float16 or float32")
+    if not 0.0 <= norm_eps < math.inf:
+        raise ValueError(f"{op}: norm_eps={norm_eps} must be a finite number, 0 or above")
 
 
 def _decode_attention_fake(q, *args, **options):
@@ -930,26 +1000,29 @@ def _decode_attention_fake(q, *args, **options):
 
 def _decode_attention_cpu(
     q, k, v, k_cache, v_cache, lengths, rope_cos=None, rope_sin=None,
-    *, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
+    *, kv_scale=None, q_norm=None, k_norm=None, norm_eps=1e-6, scale=None, window=0, softcap=0.0, sinks=None, lse=None,
 ):  # fmt: skip
-    options = {"window": window, "softcap": softcap, "sinks": sinks, "lse": lse}
+    options = {"kv_scale": kv_scale, "q_norm": q_norm, "k_norm": k_norm, "norm_eps": norm_eps}
+    options |= {"window": window, "softcap": softcap, "sinks": sinks, "lse": lse}
     _check_decode_attention(q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, **options)
-    tensors = q, k, v, k_cache, v_cache
+    if q_norm is not None:
+        q, k = (_rms_norm_cpu(x.float(), w, None, norm_eps).to(x.dtype) for x, w in ((q, q_norm), (k, k_norm)))
+    tensors = q, k, v, k_cache, v_cache, *(() if kv_scale is None else (kv_scale,))
     rows = [tensors] if len(q) == 1 else zip(*(t.split(1) for t in tensors), strict=True)
     torch_can = not softcap and sinks is None and lse is None
     outputs = []
     for b, (n, row) in enumerate(zip(lengths.tolist(), rows, strict=True)):
-        q_row, seen_k, seen_v = _append(max(n, 0), *row, rope_cos, rope_sin, window)
+        q_row, seen_k, seen_v = _append(max(n, 0), *row, rope_cos=rope_cos, rope_sin=rope_sin, window=window)
         if torch_can:
             grouped = q_row.reshape(1, k.shape[1], -1, q.shape[2])  # a group's query heads share a KV head
             y = F.scaled_dot_product_attention(grouped, seen_k, seen_v, scale=scale).view(1, *q.shape[1:])
         else:
             y = _attend_in_float32(q_row, seen_k, seen_v, scale, softcap, sinks, None if lse is None else lse[b])
         outputs.append(y)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs)).to(q.dtype)
 
 
-def _append(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_sin, window: int):
+def _append(length: int, q, k, v, k_cache, v_cache, kv_scale=None, *, rope_cos, rope_sin, window: int):
     """One sequence: k and v [1, Hkv, D] go to position `length`; q [1, Hq, D], rotated, and what it sees of the caches.
 
     Every torch call here costs some 10 us of a decode step (its code is out of the CPU's caches by then): few of them.
@@ -960,13 +1033,23 @@ def _append(length: int, q, k, v, k_cache, v_cache, rope_cos, rope_sin, window: 
         cos, sin = rope_cos.narrow(0, position, 1), rope_sin.narrow(0, position, 1)
         heads = reference.rotate_half(torch.cat((q, k), dim=1).float(), cos, sin)
         q, k = heads.split_with_sizes((q_heads, kv_heads), dim=1)
-        q = q.to(v.dtype)
-    if length < max_length:
-        k_cache.select(2, length).copy_(k)
-        v_cache.select(2, length).copy_(v)
     end = min(length + 1, max_length)
     begin = max(end - window, 0) if window else 0
-    return q, k_cache.narrow(2, begin, end - begin), v_cache.narrow(2, begin, end - begin)
+    if kv_scale is None:
+        if length < max_length:
+            k_cache.select(2, length).copy_(k)
+            v_cache.select(2, length).copy_(v)
+        return q.to(v.dtype), k_cache.narrow(2, begin, end - begin), v_cache.narrow(2, begin, end - begin)
+    seen = []
+    for i, (new, codes) in enumerate(((k, k_cache), (v, v_cache))):
+        scales = kv_scale.select(3, i)
+        if length < max_length:
+            new_codes, new_scale = quantize_kv(new, codes.dtype)
+            codes.select(2, length).copy_(new_codes)
+            scales.select(2, length).copy_(new_scale)
+        codes, scales = (t.narrow(2, begin, end - begin) for t in (codes, scales))
+        seen.append(dequantize_kv(codes, scales, torch.float32))
+    return q.float(), *seen
 
 
 def _attend_in_float32(q, k, v, scale: float | None, softcap: float, sinks, lse) -> Tensor:
@@ -991,8 +1074,9 @@ def _decode_attention_cuda(*args, **options):
 
 _register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor lengths,"
-    " Tensor? rope_cos=None, Tensor? rope_sin=None, *, float? scale=None, int window=0, float softcap=0.0,"
-    " Tensor? sinks=None, Tensor(c!)? lse=None) -> Tensor",
+    " Tensor? rope_cos=None, Tensor? rope_sin=None, *, Tensor(c!)? kv_scale=None, Tensor? q_norm=None,"
+    " Tensor? k_norm=None, float norm_eps=1e-6, float? scale=None, int window=0, float softcap=0.0,"
+    " Tensor? sinks=None, Tensor(d!)? lse=None) -> Tensor",
     fake=_decode_attention_fake,
     cpu=_decode_attention_cpu,
     cuda=_decode_attention_cuda,

@@ -156,6 +156,17 @@ def rotate_half(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(b * cos, a, sin), rest), dim=-1)
 
 
+KV_LARGEST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}  # what the largest element of a cached vector becomes
+KV_SMALLEST = 2.0**-90  # vectors whose largest element is below it are cached as if it were that
+
+
+def quantize_kv_ref(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys or values x [..., D] as a cache of 8 bits holds them: (codes [..., D] of `dtype`, scales [...])."""
+    scale = x.double().abs().amax(-1).clamp(min=KV_SMALLEST) / KV_LARGEST[dtype]
+    codes = (x.double() / scale[..., None]).clamp(-KV_LARGEST[dtype], KV_LARGEST[dtype])
+    return (codes.round() if dtype == torch.int8 else codes).to(dtype), scale
+
+
 def decode_attention_ref(
     q: Tensor,
     k: Tensor,
@@ -166,19 +177,29 @@ def decode_attention_ref(
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
     *,
+    kv_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One new token a sequence: (output [B, Hq, D], k_cache, v_cache), the caches being copies with it appended.
+) -> tuple[Tensor, ...]:
+    """One new token a sequence: (output [B, Hq, D], k_cache, v_cache), the caches being copies with it appended; and
+    kv_scale, likewise, where one is given.
 
     The token of row b stands at position lengths[b] and sees itself and what the cache holds before it. At
     lengths[b] >= Lmax nothing is appended: q, rotated for position Lmax - 1, sees the Lmax cached tokens.
-    window, softcap and sinks are those of fused_attention_ref.
+    kv_scale [B, Hkv, Lmax, 2]: what the codes of a cached key and value are multiplied with, of caches of 8 bits.
+    q_norm, k_norm [D]: weights of an RMSNorm of each head, before RoPE. window, softcap and sinks are those of
+    fused_attention_ref.
     """
     k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    kv_scale = None if kv_scale is None else kv_scale.clone()
     Lmax = k_cache.shape[2]
+    if q_norm is not None:
+        q, k = rms_norm_ref(q, q_norm, eps=norm_eps), rms_norm_ref(k, k_norm, eps=norm_eps)
     outputs = []
     for b, length in enumerate(lengths.clamp(min=0).tolist()):
         q_row, k_row = q[b].double(), k[b].double()
@@ -186,11 +207,16 @@ def decode_attention_ref(
             position = min(length, Lmax - 1)
             cos, sin = rope_cos[position].double(), rope_sin[position].double()
             q_row, k_row = rotate_half(q_row, cos, sin), rotate_half(k_row, cos, sin)
-        if length < Lmax:
+        if length < Lmax and kv_scale is None:
             k_cache[b, :, length] = k_row.to(k_cache.dtype)
             v_cache[b, :, length] = v[b].to(v_cache.dtype)
+        elif length < Lmax:
+            k_cache[b, :, length], kv_scale[b, :, length, 0] = quantize_kv_ref(k_row, k_cache.dtype)
+            v_cache[b, :, length], kv_scale[b, :, length, 1] = quantize_kv_ref(v[b], v_cache.dtype)
         visible = slice(0, min(length + 1, Lmax))
-        row = (q_row[None, :, None], k_cache[b : b + 1, :, visible], v_cache[b : b + 1, :, visible])
+        keys, values = k_cache[b : b + 1, :, visible].double(), v_cache[b : b + 1, :, visible].double()
+        if kv_scale is not None:
+            keys, values = (t * kv_scale[b, :, visible, i, None].double() for i, t in enumerate((keys, values)))
         more = {"causal": True, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-        outputs.append(fused_attention_ref(*row, **more)[0, :, 0])
-    return torch.stack(outputs), k_cache, v_cache
+        outputs.append(fused_attention_ref(q_row[None, :, None], keys, values, **more)[0, :, 0])
+    return (torch.stack(outputs), k_cache, v_cache, *(() if kv_scale is None else (kv_scale,)))

@@ -31,37 +31,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
+from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch
 from tiny_gemm.launcher import Launcher
-from tiny_gemm.triton_gemm import pdl_options, prefetch_l2, wait_for_previous
+from tiny_gemm.triton_fused_transformer.decode_attention_8bit import _decode_attention_8bit_kernel
+from tiny_gemm.triton_fused_transformer.decode_parts import (
+    decode_attention_cost,
+    finish,
+    first_tile,
+    insert,
+    load_columns,
+    load_pairs,
+    norm_pairs,
+    rope_row,
+    rotate,
+    soft_cap,
+    tokens,
+    window_begin,
+)
+from tiny_gemm.triton_gemm import add_warps, pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-
-
-@triton.jit
-def _load_columns(ptrs, d, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What is at ptrs [.., E], where columns d [..] and on are at least D zero."""
-    if D == BLOCK_D:
-        return tl.load(ptrs, mask=is_there)
-    else:
-        return tl.load(ptrs, mask=((d < D) & is_there)[:, :, :, :, None], other=0.0)
-
-
-@triton.jit
-def _insert(old, new, is_new, USE_ASM: tl.constexpr):
-    """`new` where is_new [..., 1], `old` elsewhere. Triton selects 16-bit numbers one by one; the asm does two."""
-    if USE_ASM:
-        mask = tl.where(is_new, -1, 0).to(tl.int16).broadcast_to(old.shape)
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, $2, $3, 0xCA;",  # mask & new | ~mask & old
-            "=r,r,r,r",
-            [mask, new.broadcast_to(old.shape), old],
-            dtype=old.dtype,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        return tl.where(is_new, new, old)
 
 
 @triton.jit
@@ -90,7 +79,7 @@ def _load_keys(
     token = tl.minimum(start + warp * (16 * TILES) + eighth * 8 + lane // 4, last)
     d = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E) + lane % 4 * E
     offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
-    return _load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
+    return load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
 
 
 @triton.jit
@@ -131,7 +120,7 @@ def _load_values(
     token = tl.minimum(start + warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2, last)
     d = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E) + lane // 4 * E
     offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
-    return _load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
+    return load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
 
 
 @triton.jit
@@ -139,75 +128,6 @@ def _values_operand(v, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, TILES: tl.con
     """What _load_values loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed."""
     v = v.reshape(8, 4, WARPS, 2 * TILES, 2, BLOCK_D // (8 * E), E)  # r t warp eighth e c j
     return v.permute(2, 5, 6, 0, 3, 1, 4).reshape(WARPS, BLOCK_D, 16 * TILES)
-
-
-@triton.jit
-def _first_of_pair(d, ROPE_HALF: tl.constexpr):
-    """d or d - ROPE_HALF, and 0 for what is not rotated. (Of a remainder Triton would not know that 4 divides it.)"""
-    return tl.where(d < ROPE_HALF, d, tl.where(d < 2 * ROPE_HALF, d - ROPE_HALF, 0))
-
-
-@triton.jit
-def _rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr):
-    """The cosines (or sines) of `position` for columns d and E - 1 more, of shape [..., E]; anything past what rotates.
-
-    Loaded in fours, 16 bytes: the layout of other loads, E elements a thread, is then had without a move.
-    """
-    d = d[:, :, :, :, None] + tl.arange(0, E // 4) * 4
-    ptr += tl.cast(position, tl.int64) * ROPE_HALF
-    if ROPE_HALF % 4 == 0:
-        cols = _first_of_pair(d, ROPE_HALF)[:, :, :, :, :, None] + tl.arange(0, 4)
-    else:
-        cols = _first_of_pair(d[:, :, :, :, :, None] + tl.arange(0, 4), ROPE_HALF)
-    # The mask is always true, but the compiler does not know that; without one it moves the load behind a branch.
-    row = tl.load(ptr + cols, mask=position >= 0)
-    return row.reshape(row.shape[0], row.shape[1], row.shape[2], row.shape[3], E)
-
-
-@triton.jit
-def _load_pairs(ptr, d, mask, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E: tl.constexpr):
-    """Columns d and E - 1 more at ptr, of shape [..., E], and what RoPE pairs each with (anything if IN_THREAD)."""
-    mask = mask[:, :, :, :, None]
-    x = tl.load((ptr + d)[:, :, :, :, None] + tl.arange(0, E), mask=mask, other=0.0)
-    y = x
-    if ROPE_HALF > 0 and not IN_THREAD:
-        if ROPE_HALF % E == 0:  # whole vectors pair up
-            pair = tl.where(d < ROPE_HALF, d + ROPE_HALF, d - ROPE_HALF)[:, :, :, :, None] + tl.arange(0, E)
-        else:
-            cols = d[:, :, :, :, None] + tl.arange(0, E)
-            pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
-        rotates = d[:, :, :, :, None] + tl.arange(0, E) < 2 * ROPE_HALF
-        y = tl.load(ptr[:, :, :, :, None] + pair, mask=mask & rotates, other=0.0)
-    return x, y
-
-
-@triton.jit
-def _rotate(x, y, d, cos, sin, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E: tl.constexpr):
-    """RoPE on what _load_pairs loaded, as fp32: column i with column i + ROPE_HALF."""
-    x = x.to(tl.float32)
-    if ROPE_HALF == 0:
-        return x
-    elif IN_THREAD:
-        halves = x.reshape(x.shape[0], x.shape[1], x.shape[2], 2, x.shape[3] // 2, E)
-        pairs = tl.flip(halves, 3)
-        first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
-        cos, sin = cos[:, :, :, None, :, :], sin[:, :, :, None, :, :]
-        return (halves * cos + tl.where(first, -pairs, pairs) * sin).reshape(x.shape)
-    else:
-        y = y.to(tl.float32)
-        cols = d[:, :, :, :, None] + tl.arange(0, E)
-        return tl.where(cols < 2 * ROPE_HALF, x * cos + tl.where(cols < ROPE_HALF, -y, y) * sin, x)
-
-
-@triton.jit
-def _soft_cap(s, SOFTCAP: tl.constexpr):
-    """SOFTCAP * tanh(score / SOFTCAP) of scores in units of log2, like the result; near 0 by its series, because the
-    difference that gives tanh elsewhere, 1 - 2 / (1 + exp(2 x)), would cancel."""
-    CAP: tl.constexpr = SOFTCAP * 1.4426950408889634
-    x = s * (1.0 / CAP)
-    near = x - x * (x * x) * (0.33333333 - (x * x) * 0.13333333)
-    far = 1.0 - 2.0 / (1.0 + tl.exp2(x * 2.8853900817779268))
-    return CAP * tl.where(tl.abs(x) < 0.1, near, far)
 
 
 @triton.jit
@@ -231,7 +151,7 @@ def _attend(
     """The running softmax (top, total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]) with one more tile."""
     s = tl.dot(_keys_operand(k, BLOCK_D, WARPS, TILES, E), q, input_precision="ieee") * scale_log2
     if SOFTCAP > 0:
-        s = _soft_cap(s, SOFTCAP)
+        s = soft_cap(s, SOFTCAP)
     offs_n = tl.arange(0, 16 * TILES * WARPS).reshape(WARPS, 16 * TILES)[:, :, None]
     counts = offs_n < end
     if WINDOW > 0:
@@ -246,70 +166,7 @@ def _attend(
     return new_top, total, tl.dot(v, p.to(v.dtype), acc * rescale[:, None, :], input_precision="ieee")
 
 
-@triton.jit
-def _tokens(length, Lmax):
-    """How many the cache holds with the new one, if it still fits."""
-    return tl.minimum(length, Lmax - 1) + 1
-
-
-@triton.jit
-def _first_tile(length, split, Lmax, STEP: tl.constexpr):
-    """Where the first tile of block `split` starts. Tiles are taken from the last on, which has the new token."""
-    return (tl.cdiv(_tokens(length, Lmax), STEP) - 1 - split) * STEP
-
-
-@triton.jit
-def _window_begin(length, Lmax, WINDOW: tl.constexpr):
-    """The first token that counts."""
-    if WINDOW > 0:
-        return tl.maximum(_tokens(length, Lmax) - WINDOW, 0)
-    else:
-        return 0
-
-
-@triton.jit
-def _add_warps(x, WARPS: tl.constexpr):
-    """[WARPS, R, C] -> [R, C]: the sum, by one exchange through shared memory (tl.sum takes two longer ones)."""
-    R: tl.constexpr = x.shape[1]
-    C: tl.constexpr = x.shape[2]
-    x = x.permute(1, 2, 0)
-    if WARPS == 1:
-        return x.reshape(R, C)
-    elif WARPS == 2:
-        a, b = tl.split(x)
-        return a + b
-    elif WARPS == 4:
-        a, b = tl.split(x.reshape(R, C, 2, 2))
-        a, b = tl.split(a + b)
-        return a + b
-    else:
-        tl.static_assert(WARPS == 8)
-        a, b = tl.split(x.reshape(R, C, 2, 2, 2))
-        a, b = tl.split(a + b)
-        a, b = tl.split(a + b)
-        return a + b
-
-
-def _decode_attention_cost(grid, kernel, args) -> dict:
-    """Bytes and flops of one launch, for a launch hook; the partial results stay in L2 and are not counted.
-
-    They depend on lengths in device memory, which are read here, and the read waits for the GPU. In a stream that is
-    being captured nothing can be read, and nothing is declared.
-    """
-    lengths, Lmax, D = args["lengths_ptr"], args["Lmax"], args["D"]
-    if lengths.is_cuda and torch.cuda.is_current_stream_capturing():
-        return {}
-    q, k, k_cache = args["q_ptr"], args["k_ptr"], args["k_cache_ptr"]
-    lengths, window = lengths.tolist(), args["WINDOW"] or Lmax
-    attended = sum(min(max(n, 0) + 1, Lmax, window) for n in lengths)  # the new token is written, the others read
-    row = 2 * k.shape[1] * D * k_cache.element_size()  # K and V of one token
-    rope = 2 * len(lengths) * args["ROPE_HALF"] * 4
-    flops = "flops32" if q.element_size() == 4 else "flops16"
-    tensors = q, k, args["v_ptr"], args["lengths_ptr"], args["out_ptr"], args["sinks_ptr"], args["lse_ptr"]
-    return {"bytes": tensor_bytes(*tensors) + rope + row * attended, flops: 4 * q.shape[1] * attended * D}
-
-
-@triton.jit(do_not_specialize=["Lmax"], launch_metadata=_decode_attention_cost)
+@triton.jit(do_not_specialize=["Lmax"], launch_metadata=decode_attention_cost)
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -319,6 +176,8 @@ def _decode_attention_kernel(
     lengths_ptr,
     cos_ptr,  # [>= Lmax, ROPE_HALF]
     sin_ptr,
+    q_norm_ptr,  # [D], or None
+    k_norm_ptr,
     sinks_ptr,  # [Hq], or None
     partial_ptr,  # [B, Hkv, NUM_SPLITS, G, D] fp32 outputs, then [B, Hkv, NUM_SPLITS, G] fp32 log2 of their weights
     counter_ptr,  # [B, Hkv] int32, zero before and after
@@ -336,6 +195,7 @@ def _decode_attention_kernel(
     ROPE_HALF: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
+    EPS: tl.constexpr,  # of the norms
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -362,7 +222,7 @@ def _decode_attention_kernel(
         length = tl.load(lengths_ptr + batch)
     length = tl.maximum(length, 0)
     if PDL:
-        start = _first_tile(length, split, Lmax, STEP)
+        start = first_tile(length, split, Lmax, STEP)
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
         first_k = k_cache_ptr + tl.cast(start, tl.int64) * D
         first_v = v_cache_ptr + tl.cast(start, tl.int64) * D
@@ -391,25 +251,27 @@ def _decode_attention_kernel(
     read_early = -1
     while read_early != length:  # once, or twice if `length` was read before its time
         # What the first tile needs, all asked for before any of it is used.
-        start = _first_tile(length, split, Lmax, STEP)
-        begin = _window_begin(length, Lmax, WINDOW)
+        start = first_tile(length, split, Lmax, STEP)
+        begin = window_begin(length, Lmax, WINDOW)
         last = tl.maximum(tl.minimum(length, Lmax) - 1, 0)
         k = _load_keys(k_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
-        q_new, q_pair = _load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
-        k_new, k_pair = _load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
+        q_new, q_pair = load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
+        k_new, k_pair = load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
         v_ptrs = v_ptr + (new_row + d_v)[:, :, :, :, None] + tl.arange(0, E)
         v_new = tl.load(v_ptrs, mask=(d_v < D)[:, :, :, :, None], other=0.0)
         cos = 1.0
         sin = 0.0
         if ROPE_HALF > 0:
             position = tl.minimum(length, Lmax - 1)
-            cos = _rope_row(cos_ptr, d_rope, position, ROPE_HALF, E)
-            sin = _rope_row(sin_ptr, d_rope, position, ROPE_HALF, E)
+            cos = rope_row(cos_ptr, d_rope, position, ROPE_HALF, E)
+            sin = rope_row(sin_ptr, d_rope, position, ROPE_HALF, E)
         read_early = length
         if PDL:
             length = tl.maximum(tl.load(lengths_ptr + batch, cache_modifier=".cg"), 0)
-        q_new = _rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
+        if q_norm_ptr is not None:
+            q_new, q_pair = norm_pairs(q_new, q_pair, q_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+        q_new = rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
         q = _queries_operand(q_new, BLOCK_D, WARPS, BLOCK_G, E)
         top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
         total = tl.zeros([WARPS, BLOCK_G], tl.float32)
@@ -421,7 +283,9 @@ def _decode_attention_kernel(
             top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634, top)
             total = tl.where(top > float("-inf"), 1.0, 0.0)
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
-            k_new = _rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
+            if k_norm_ptr is not None:
+                k_new, k_pair = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+            k_new = rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
             v_new = v_new.to(CACHED)
             if read_early == length:
                 cache_row = tl.cast(length, tl.int64) * stride_cn
@@ -431,10 +295,10 @@ def _decode_attention_kernel(
                 tl.store(at_v, v_new, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
             # Later tokens of the tile do not count, but their v must be a number: the new token's.
             k_row = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8 + lane // 4
-            k = _insert(k, k_new, (k_row >= read_early - start)[:, :, :, :, None], USE_ASM)
+            k = insert(k, k_new, (k_row >= read_early - start)[:, :, :, :, None], USE_ASM)
             part = tl.arange(0, 4 * TILES)[None, None, :, None]
             v_row = warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2
-            v = _insert(v, v_new, (v_row >= read_early - start)[:, :, :, :, None], USE_ASM)
+            v = insert(v, v_new, (v_row >= read_early - start)[:, :, :, :, None], USE_ASM)
             top, total, acc = _attend(
                 q, k, v, top, total, acc, begin - start, read_early + 1 - start, scale_log2,
                 SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
@@ -445,11 +309,11 @@ def _decode_attention_kernel(
                 SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
             )  # fmt: skip
 
-    begin = _window_begin(length, Lmax, WINDOW)
-    splits = tl.minimum(tl.cdiv(_tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
+    begin = window_begin(length, Lmax, WINDOW)
+    splits = tl.minimum(tl.cdiv(tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
     if split >= splits:
         return
-    start = _first_tile(length, split, Lmax, STEP) - splits * STEP
+    start = first_tile(length, split, Lmax, STEP) - splits * STEP
     while start >= begin // STEP * STEP:  # from the last tile to the first; all of their tokens exist
         k = _load_keys(k_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         v = _load_values(v_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
@@ -461,86 +325,11 @@ def _decode_attention_kernel(
     block_top = tl.max(top, 0)
     weight = tl.exp2(top - block_top[None, :])
     block_total = tl.sum(total * weight, 0)
-    acc = _add_warps(acc * weight[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
-    col = tl.arange(0, BLOCK_D)[:, None]
-    col = col // (8 * E) * (8 * E) + col % 8 * E + col % (8 * E) // 8  # what _load_values called `col`
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_gd = offs_g[None, :] * D + col
-    mask_gd = (offs_g < G)[None, :] & (col < D)
-    group = batch * tl.num_programs(1) + kv_head
-    out_ptr += group * G * D
-    block_weight = block_top + tl.log2(block_total)
-    if splits == 1:
-        tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + group * G + offs_g, block_weight * 0.6931471805599453, mask=offs_g < G)
-        return
-
-    weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
-    weight_ptr += group * NUM_SPLITS * G
-    partial_ptr += group * NUM_SPLITS * G * D
-    tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
-    tl.store(weight_ptr + split * G + offs_g, block_weight, mask=offs_g < G)
-
-    # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
-    # them, and it reads past L1, which may hold lines from before.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == splits - 1:
-        _reduce_partials(partial_ptr, weight_ptr, out_ptr, lse_ptr, group, splits, G, D, NUM_SPLITS, BLOCK_D)
-        tl.store(counter_ptr + group, 0)
-
-
-@triton.jit
-def _reduce_partials(
-    partial_ptr,  # [NUM_SPLITS, G, D] fp32
-    weight_ptr,  # [NUM_SPLITS, G] fp32
-    out_ptr,  # [G, D]
-    lse_ptr,
-    group,
-    splits,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out = sum over splits of partial * 2 ** weight, over sum of 2 ** weight; the sums always run in one order."""
-    GROUP: tl.constexpr = triton.next_power_of_2(G)
-    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
-    AT_ONCE: tl.constexpr = max(1, min(ALL, 8192 // (GROUP * BLOCK_D)))  # partials in flight
-    offs_g = tl.arange(0, GROUP)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_gd = offs_g * D + offs_d[None, :]
-    mask_gd = (offs_g < G) & (offs_d < D)[None, :]
-
-    top = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, BLOCK_D], tl.float32)
-    for start in tl.range(0, splits, AT_ONCE, num_stages=1):
-        split = start + tl.arange(0, AT_ONCE)[None, :]
-        partial = tl.load(
-            partial_ptr + split[:, :, None] * (G * D) + offs_gd[:, None, :],
-            mask=(split < splits)[:, :, None] & mask_gd[:, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [GROUP, AT_ONCE, BLOCK_D]
-        weight = tl.load(
-            weight_ptr + split * G + offs_g,
-            mask=(split < splits) & (offs_g < G),
-            other=float("-inf"),
-            cache_modifier=".cg",
-        )  # [GROUP, AT_ONCE]
-        new_top = tl.maximum(top, tl.max(weight, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of rows past G
-        factor = tl.exp2(weight - base[:, None])
-        rescale = tl.exp2(top - base)
-        total = total * rescale + tl.sum(factor, 1)
-        acc = acc * rescale[:, None] + tl.sum(partial * factor[:, :, None], 1)
-        top = new_top
-    tl.store(out_ptr + offs_gd, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=mask_gd)
-    if lse_ptr is not None:
-        offs = tl.arange(0, GROUP)
-        tl.store(lse_ptr + group * G + offs, (top + tl.log2(total)) * 0.6931471805599453, mask=offs < G)
+    acc = add_warps(acc * weight[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
+    finish(
+        acc, block_top, block_total, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits,
+        G, D, NUM_SPLITS, BLOCK_G, BLOCK_D, E,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -558,8 +347,8 @@ def pick_config(
     is the cache's, or the window if that is less.
 
     For 16 bits swept on an H100, 2026-11-24 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it
-    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8. Other chips, head sizes and
-    numbers of heads take after it.
+    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8; for 8 bits on an H200,
+    2026-11-28, 512 to 32,768 tokens, batch 1 and 8. Other chips, head sizes and numbers of heads take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
@@ -567,13 +356,19 @@ def pick_config(
         num_warps, tiles = 4, 1
     elif max_length <= 128:  # one block, no partial results
         num_warps, tiles = 4, 2
-    elif max_length <= (1024 if block_d <= 64 else 512):  # many small blocks: one tile each
-        num_warps, tiles = 2, 1
+    elif max_length <= (1024 if block_d <= 64 else 512):  # many small blocks: one tile each, of as many bytes
+        num_warps, tiles = 2, 2 if itemsize == 1 else 1
+        splits = max(1, splits // 2) if itemsize == 1 else splits
     elif max_length <= 4096:  # large tiles: few partial results, and all bytes in flight at once
         num_warps, tiles = 4, 2
+    elif itemsize == 1:
+        num_warps, tiles = 4, 2
+        splits *= 2 if max_length > 16384 else 1
     else:
         num_warps, tiles = 8, 1
         splits *= 2 if block_d <= 64 else 1
+    if itemsize == 1 and (group > 8 or not device.is_nvidia):  # two rows a query head: these fill registers
+        num_warps, tiles = min(num_warps, 4), 1
     if group > 16:  # the warps' outputs fill registers, and meet in shared memory
         tiles = 1
         while num_warps > 1 and num_warps * block_d * triton.next_power_of_2(group) * 4 > device.shared_memory_bytes:
@@ -588,28 +383,33 @@ def _launcher(
     rope_half: int,
     group: int,
     head_dim: int,
-    itemsize: int,
+    cached: torch.dtype,
     window: int,
     softcap: float,
+    eps: float,
     facts: DeviceFacts,
 ) -> Launcher:
-    return Launcher(
-        _decode_attention_kernel,
-        ROPE_HALF=rope_half,
-        G=group,
-        D=head_dim,
-        SOFTCAP=softcap,
-        WINDOW=window,
-        NUM_SPLITS=config.num_splits,
-        WARPS=config.num_warps,
-        TILES=config.tiles,
-        BLOCK_G=max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        E=16 // itemsize,
-        USE_ASM=facts.is_nvidia and itemsize == 2,
-        num_warps=config.num_warps,
+    meta = {
+        "ROPE_HALF": rope_half,
+        "G": group,
+        "D": head_dim,
+        "EPS": eps,
+        "SOFTCAP": softcap,
+        "WINDOW": window,
+        "NUM_SPLITS": config.num_splits,
+        "WARPS": config.num_warps,
+        "TILES": config.tiles,
+        "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "USE_ASM": facts.is_nvidia and cached.itemsize <= 2,
+        "num_warps": config.num_warps,
         **pdl_options(facts),
-    )
+    }
+    if cached.itemsize == 1:
+        meta["FP8"] = cached == torch.float8_e4m3fn
+        meta["HAS_E4M3"] = facts.is_nvidia and facts.capability >= (8, 9)
+        return Launcher(_decode_attention_8bit_kernel, **meta)
+    return Launcher(_decode_attention_kernel, E=16 // cached.itemsize, **meta)
 
 
 def decode_attention(
@@ -622,6 +422,10 @@ def decode_attention(
     rope_cos: Tensor | None = None,
     rope_sin: Tensor | None = None,
     *,
+    kv_scale: Tensor | None = None,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    norm_eps: float = 1e-6,
     scale: float | None = None,
     window: int = 0,
     softcap: float = 0.0,
@@ -631,9 +435,10 @@ def decode_attention(
     """Attention of one new token a sequence, q [B, Hq, D], k and v [B, Hkv, D], appended to the caches in place.
 
     q, k, v may be views of one QKV row (last dimension contiguous). k_cache, v_cache: [B, Hkv, Lmax, D], of one layout;
-    lengths: int32 [B]; rope_cos, rope_sin: contiguous fp32 [>= Lmax, R / 2]. window: 0, or how many tokens count, the
-    new one included. softcap: 0, or scores become softcap * tanh(score / softcap). sinks: contiguous [Hq], lse:
-    contiguous fp32 [B, Hq], written. Returns [B, Hq, D] in q's dtype.
+    with 8 bits kv_scale: fp32 [B, Hkv, Lmax, 2], written too. lengths: int32 [B]; rope_cos, rope_sin: contiguous fp32
+    [>= Lmax, R / 2]. q_norm, k_norm: contiguous [D], an RMSNorm of each head before RoPE. window: 0, or how many tokens
+    count, the new one included. softcap: 0, or scores become softcap * tanh(score / softcap). sinks: contiguous [Hq],
+    lse: contiguous fp32 [B, Hq], written. Returns [B, Hq, D] in q's dtype.
     A row whose lengths[b] >= Lmax appends nothing and attends to the Lmax cached tokens, rotated for position Lmax - 1.
     """
     batch, heads, D = q.shape
@@ -647,19 +452,24 @@ def decode_attention(
     rope_half = 0 if rope_cos is None else rope_cos.shape[1]
     facts = device_facts(q.device)
     window = window if window < Lmax else 0  # then it is no limit
-    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, k_cache.element_size(), facts)
+    cached = k_cache.dtype
+    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
     partial = scratch(q, batch * heads * config.num_splits * (D + 1))
     arrivals = counters(q.device, batch * kv_heads)
-    _launcher(config, rope_half, heads // kv_heads, D, k_cache.element_size(), window, softcap, facts)(
+    new, caches, strides = (q, k, v), (k_cache, v_cache), (*q_strides[:2], *k_strides[:2])
+    if cached.itemsize == 1:
+        assert Lmax == 1 or cache_strides[2] == D
+        if cached != torch.int8:  # Triton knows e4m3 only where the GPU does
+            caches = k_cache.view(torch.int8), v_cache.view(torch.int8)
+        caches = *caches, kv_scale
+        strides = *strides, *cache_strides[:2], *kv_scale.stride()[:2]
+    else:
+        strides = *strides, *cache_strides[:3]
+    eps = 0.0 if q_norm is None else norm_eps
+    _launcher(config, rope_half, heads // kv_heads, D, cached, window, softcap, eps, facts)(
         (config.num_splits, kv_heads, batch),
-        (q, k, v, k_cache, v_cache, lengths, rope_cos, rope_sin, sinks, partial, arrivals, out, lse),
-        (
-            *q_strides[:2],
-            *k_strides[:2],
-            *cache_strides[:3],
-            Lmax,
-            (D**-0.5 if scale is None else scale) * LOG2_E,
-        ),
+        (*new, *caches, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks, partial, arrivals, out, lse),
+        (*strides, Lmax, (D**-0.5 if scale is None else scale) * LOG2_E),
     )
     return out
