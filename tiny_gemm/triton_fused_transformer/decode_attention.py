@@ -68,7 +68,7 @@ def _load_keys(
     """Tokens start .. start + 16 * TILES * WARPS, `last` in the place of later ones: [32, WARPS, 2 * TILES, BLOCK_D /
     4 E, E]. Nothing where start < 0.
 
-    The first dimension is the lane, the second the warp, the rest are registers (as in triton_gemm.load_weights). Lane
+    The first dimension is the lane, the second the warp, the rest are registers. Lane
     4 r + t loads of each eight tokens token r, columns 4 E c + E t and E - 1 more for each c. What it needs for the
     product are columns 16 s + 8 h + 2 t + e; so stored column 4 E c + E t + 4 s + 2 h + e is called 4 E c + 16 s + 8 h
     + 2 t + e, of k and of q alike, and nothing moves between threads.
