@@ -1,7 +1,9 @@
 """The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
 
+import ast
 import json
 import re
+from pathlib import Path
 
 import aot
 import interpreter
@@ -281,6 +283,13 @@ def test_x_is_read_after_the_wait_and_weights_before(name, in_one_step):
         assert any(i < wait for i in where("LDS.(128|64)")), "those of the first stage are in registers"
     assert wait < products[0]
     assert not any(i < products[-1] for i in where("SHFL")), "nothing moves between threads"
+
+
+def test_what_a_mask_leaves_out_is_a_number():
+    """x is 0 past K, but a scale that nobody loaded may be NaN, on a GPU and not in the interpreter."""
+    calls = [node for node in ast.walk(ast.parse(Path(triton_gemm.__file__).read_text())) if isinstance(node, ast.Call)]
+    loads = [{k.arg for k in node.keywords} for node in calls if ast.unparse(node.func) == "tl.load"]
+    assert len(loads) > 15 and all("other" in keywords for keywords in loads if "mask" in keywords)
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)

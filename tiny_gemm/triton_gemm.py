@@ -524,6 +524,7 @@ def _int4_decode_kernel(
     BLOCK_M: tl.constexpr = 8 * X_TILES
     PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
     STEP_PAIRS: tl.constexpr = WARPS * WARP_UNITS * UNIT // GROUP_SIZE // 2
+    NOTHING: tl.constexpr = None if WHOLE_STEPS else 0  # what stands past K where it ends within a step
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
@@ -542,25 +543,25 @@ def _int4_decode_kernel(
     x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
     gate_total, gate_x_total = total, x_total
     for step in tl.range(first, last, num_stages=STAGES):
-        in_w, in_s = None, None  # where K ends within a step, what is past it is zero
+        in_w, in_s = None, None
         if not WHOLE_STEPS:
             in_w = step * (WARPS * WARP_UNITS) + w_unit < units
         w_step = w_offs + step * (WARPS * WARP_UNITS * 4 * UNIT)
-        packed = tl.load(w_ptr + w_step, mask=in_w)
+        packed = tl.load(w_ptr + w_step, mask=in_w, other=NOTHING)
         scales, zeros, gate_packed, gate_scales, gate_zeros = packed, packed, packed, packed, packed
         if gate_ptr is not None:
-            gate_packed = tl.load(gate_ptr + w_step, mask=in_w)
+            gate_packed = tl.load(gate_ptr + w_step, mask=in_w, other=NOTHING)
         if GROUP_SIZE != -1:
             if not WHOLE_STEPS:
                 in_s = step * STEP_PAIRS + s_pair < pairs
             s_step = s_offs + step * (STEP_PAIRS * 16)
-            scales = tl.load(_pair_ptr(s_ptr) + s_step, mask=in_s)
+            scales = tl.load(_pair_ptr(s_ptr) + s_step, mask=in_s, other=NOTHING)
             if z_ptr is not None:
-                zeros = tl.load(_pair_ptr(z_ptr) + s_step, mask=in_s)
+                zeros = tl.load(_pair_ptr(z_ptr) + s_step, mask=in_s, other=NOTHING)
             if gate_ptr is not None:
-                gate_scales = tl.load(_pair_ptr(gate_s_ptr) + s_step, mask=in_s)
+                gate_scales = tl.load(_pair_ptr(gate_s_ptr) + s_step, mask=in_s, other=NOTHING)
                 if z_ptr is not None:
-                    gate_zeros = tl.load(_pair_ptr(gate_z_ptr) + s_step, mask=in_s)
+                    gate_zeros = tl.load(_pair_ptr(gate_z_ptr) + s_step, mask=in_s, other=NOTHING)
         # The pipeline fetches the loads above ahead, those of the first stages before the loop and so before the wait.
         # It does not look into a branch: what is read in here is read when its turn comes, after the wait.
         if step < last:
