@@ -333,15 +333,24 @@ AOT_CASES = [  # target, head size, KV heads, group, length of the cache
 ]
 
 
+WITH = {  # window, softcap; the optional pointers that are there
+    "window_softcap_sinks_and_lse": (1024, 50.0, {"sinks_ptr": "*bf16", "lse_ptr": "*fp32"}),
+    "norm": (0, 0.0, {"q_norm_ptr": "*fp32", "k_norm_ptr": "*fp32"}),
+}
+
+
 @pytest.mark.aot
+@pytest.mark.parametrize("window, softcap, pointers", WITH.values(), ids=WITH.keys())
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_compiles_with_all_features_for(target):
+def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
-    launcher = decode._launcher(
-        decode.pick_config(8, 4, 4096, 128, 2, facts), 64, 4, 128, torch.bfloat16, 1024, 50.0, 1e-6, facts
-    )
-    pointers = {name: "*fp32" for name in ("lse_ptr", "q_norm_ptr", "k_norm_ptr")}
-    aot.check(aot.compile_launch(launcher, target, signature_of(launcher, **pointers), unaligned=("Lmax",)))
+    config = decode.pick_config(8, 4, 4096, 128, 2, facts)
+    launcher = decode._launcher(config, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
+    signature = signature_of(launcher, **NO_POINTERS | pointers)
+    aot.check(aot.compile_launch(launcher, target, signature, unaligned=("Lmax",)))
+
+
+NO_POINTERS = dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr"))
 
 
 def signature_of(launcher, **more):
@@ -357,7 +366,7 @@ def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
     launcher = decode._launcher(config, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
-    signature = signature_of(launcher, **dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr")))
+    signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
     aot.check(compiled, may_spill=D == 256 or group > 16)
     assert compiled.spills < 1000

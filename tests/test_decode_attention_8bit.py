@@ -9,7 +9,9 @@ from test_decode_attention import (
     CASES,
     FEATURES,
     GPU_CASES,
+    NO_POINTERS,
     NORM_CASES,
+    WITH,
     Case,
     _write_late_kernel,
     check_arrival,
@@ -400,19 +402,18 @@ def test_compiles_for(target, D, kv_heads, group, Lmax, cache):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("cache", ["int8", "e4m3"])
+@pytest.mark.parametrize("window, softcap, pointers", WITH.values(), ids=WITH.keys())
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-def test_compiles_with_all_features_for(target, cache):
-    pointers = {name: "*fp32" for name in ("lse_ptr", "q_norm_ptr", "k_norm_ptr")} | {"sinks_ptr": "*bf16"}
-    compiled = compile_for(target, 128, 8, 4, 4096, cache, window=1024, softcap=50.0, **pointers)
-    aot.check(compiled)
+def test_compiles_with(target, window, softcap, pointers, cache):
+    aot.check(compile_for(target, 128, 8, 4, 4096, cache, window, softcap, **pointers))
 
 
 def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, **pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
     launcher = decode._launcher(config, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts)
-    pointers = dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr")) | pointers
-    signature = signature_of(launcher, k_cache_ptr="*i8", v_cache_ptr="*i8", kv_scale_ptr="*fp32", **pointers)
+    caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
+    signature = signature_of(launcher, **caches, **NO_POINTERS | pointers)
     return aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
 
 

@@ -42,6 +42,7 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     load_columns,
     load_pairs,
     norm_pairs,
+    prefetch_row,
     rope_row,
     rotate,
     soft_cap,
@@ -231,6 +232,9 @@ def _decode_attention_kernel(
             num_bytes = rows * (D * (CACHED.primitive_bitwidth // 8))
             prefetch_l2(first_k, num_bytes)
             prefetch_l2(first_v, num_bytes)
+        if q_norm_ptr is not None:
+            prefetch_row(q_norm_ptr, D)
+            prefetch_row(k_norm_ptr, D)
     wait_for_previous(PDL)
 
     lane = tl.arange(0, 32)[:, None, None, None]
@@ -283,7 +287,7 @@ def _decode_attention_kernel(
             top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634, top)
             total = tl.where(top > float("-inf"), 1.0, 0.0)
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
-            if k_norm_ptr is not None:
+            if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs
                 k_new, k_pair = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
             k_new = rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
             v_new = v_new.to(CACHED)

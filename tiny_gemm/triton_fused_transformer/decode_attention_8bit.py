@@ -30,6 +30,7 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     load_pairs,
     load_vectors,
     norm_pairs,
+    prefetch_row,
     rope_row,
     rotate,
     soft_cap,
@@ -434,6 +435,9 @@ def _decode_attention_8bit_kernel(
             prefetch_l2(first_k, rows * D)
             prefetch_l2(first_v, rows * D)
             prefetch_l2(first_scale, (rows + 1) // 2 * 16)
+        if q_norm_ptr is not None:
+            prefetch_row(q_norm_ptr, D)
+            prefetch_row(k_norm_ptr, D)
     wait_for_previous(PDL)
 
     lane = tl.arange(0, 32)[:, None, None, None]
@@ -489,7 +493,7 @@ def _decode_attention_8bit_kernel(
             total = tl.where(top > float("-inf"), 1.2379400392853803e27, 0.0)  # 2^90
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
             k_rotated = k_new, k_pair
-            if k_norm_ptr is not None:
+            if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs
                 k_rotated = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
             k_rotated = rotate(k_rotated[0], k_rotated[1], d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
             largest_k = _largest(k_rotated, 1)[:, None].broadcast_to(8, 4, WARPS, 1).reshape(32, WARPS, 1)

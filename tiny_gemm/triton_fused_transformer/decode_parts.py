@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
+from tiny_gemm.triton_gemm import prefetch_l2
 
 
 def decode_attention_cost(grid, kernel, args) -> dict:
@@ -117,6 +118,13 @@ def load_pairs(ptr, d, mask, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E
                 pair = tl.where(cols < ROPE_HALF, cols + ROPE_HALF, cols - ROPE_HALF)
             y = tl.load(ptr[:, :, :, :, None] + pair, mask=mask & (cols < 2 * ROPE_HALF), other=0.0)
     return x, y
+
+
+@triton.jit
+def prefetch_row(ptr, D: tl.constexpr):
+    """Asks L2 for a row of weights, which may be done before the wait for the kernel ahead."""
+    if ptr.to(tl.int64) % 16 == 0:
+        prefetch_l2(ptr, D * (ptr.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
