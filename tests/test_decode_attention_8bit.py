@@ -419,6 +419,8 @@ def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, 
 
 def test_config_of_8_bits():
     facts = aot.device_facts("sm_90")
-    assert decode.pick_config(8, 4, 8192, 128, 1, facts) == DecodeAttentionConfig(16, num_warps=8, tiles=2)
+    assert decode.pick_config(8, 4, 8192, 128, 1, facts) == DecodeAttentionConfig(16, num_warps=4, tiles=2)
+    assert decode.pick_config(8, 4, 32768, 128, 1, facts).num_splits == 32
+    assert decode.pick_config(8, 4, 512, 128, 1, facts) == DecodeAttentionConfig(8, num_warps=2, tiles=2)
     assert decode.pick_config(8, 4, 100, 64, 1, facts).num_splits == 1
     assert decode.pick_config(1, 16, 8192, 128, 1, facts).tiles == 1, "the queries alone fill registers"

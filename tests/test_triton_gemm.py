@@ -106,7 +106,7 @@ def test_unpack_gives_every_value(plane):
 
 @pytest.mark.interp
 @pytest.mark.parametrize(
-    "config", [(1, 2, 1, 1), (1, 4, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1)], ids=str
+    "config", [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1)], ids=str
 )
 @pytest.mark.parametrize(("k", "group_size"), [(576, 32), (640, 128), (1152, 64), (320, -1), (2560, 128)], ids=str)
 def test_every_shape_of_a_block(k, group_size, config, poisoned):
@@ -188,6 +188,11 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "gated-m16": (16, 8192, 2048, 128, "*fp16", "*fp16"),
     "decode-g128": (1, 4096, 4096, 128, "*fp16", None),
     "decode-ring": (1, 6144, 4096, 128, "*fp16", None),
+    "decode-ring-g32": (1, 6144, 4096, 32, "*fp16", None),
+    "decode-ring-g32-m16": (16, 6144, 4096, 32, "*fp16", None),
+    "decode-ring-g64-m16": (16, 16384, 2048, 64, "*fp16", None),
+    "decode-ring-g32-zeros": (1, 6144, 4096, 32, "*fp16", "*fp16"),
+    "gated-ring-g32": (1, 14336, 4096, 32, "*fp16", None),
     "decode-m8": (8, 6144, 4096, 128, "*bf16", None),
     "split-m1": (1, 28672, 4096, 128, "*fp16", None),
     "split-m8": (8, 28672, 4096, 128, "*bf16", None),
@@ -292,6 +297,16 @@ def test_what_a_mask_leaves_out_is_a_number():
     assert len(loads) > 15 and all("other" in keywords for keywords in loads if "mask" in keywords)
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("name", ["decode-g128", "decode-ring", "decode-m16", "decode-g64", "decode-ring-g32-zeros"])
+def test_sums_are_fused_in_one_form(name):
+    """Of a * b + c * d a compiler may round either product first, and it chose by the row of x."""
+    assembly = compile_gemm("sm_90", name).assembly
+    fused, products = (len(re.findall(rf" {op} ", assembly)) for op in ("FFMA", "FMUL"))
+    of_zeros = fused // 2 if SHAPES[name][5] else 0
+    assert fused >= 8 and products <= 8 + of_zeros, "a product that is not fused is one with 4, at the end"
+
+
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
 @pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
@@ -345,6 +360,21 @@ def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_p
     entries = [{**shape, "rows": rows, **config, **change} for rows, change in zip((8, 16), changes)]  # noqa: B905
     (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
     with pytest.raises(ValueError, match=message):
+        triton_gemm.load_table(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"splits": 0}, {"splits": 3}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
+    + [{"max_registers": 1000}, {"gated": "no"}, {"k": None}, {"n": 0}, {"group_size": [128]}, {"warps": True}],
+    ids=str,
+)
+def test_a_table_of_blocks_that_do_not_exist_is_refused(change, tmp_path, no_table):
+    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
+    shape = {"k": 2048, "n": 4096, "group_size": 128, "gated": False}
+    entries = [{**shape, "rows": rows, **config, **change} for rows in (8, 16)]
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
+    with pytest.raises(ValueError, match=rf"is no table of .*{next(iter(change))}"):
         triton_gemm.load_table(tmp_path / "t.json")
 
 
@@ -427,6 +457,24 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
         assert torch.equal(triton_gemm.int4_gemm(x[:m], *args), whole[:m]), f"batch of {m}"
     for _ in range(1000):
         assert torch.equal(triton_gemm.int4_gemm(x, *args), whole)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "symmetric"),
+    [(4096, 4096, 128, True), (6144, 4096, 128, True), (2048, 2048, 64, True), (2048, 8192, 128, False)]
+    + [(4096, 4096, 32, False), (2048, 4096, -1, False), (131072, 2304, 128, True)],
+    ids=str,
+)
+def test_a_row_has_the_same_bits_at_every_place(n, k, group_size, symmetric, dtype):
+    """Sixteen equal rows, and batches of 1, 8 and 9 of them."""
+    weight = quantize(torch.randn(n, k), group_size, symmetric=symmetric).to("cuda")
+    x = torch.randn(1, k, device="cuda", dtype=dtype).expand(16, -1).contiguous()
+    args = weight.packed, weight.scales, weight.zeros, None, group_size, n
+    row = triton_gemm.int4_gemm(x[:1], *args)
+    for m in (8, 9, 16):
+        assert torch.equal(triton_gemm.int4_gemm(x[:m], *args), row.expand(m, -1)), f"batch of {m}"
 
 
 def check_graph_of(chain, x):

@@ -299,6 +299,18 @@ def _load_plane(
 
 
 @triton.jit
+def _fma(x, y, z):
+    """x * y + z with one rounding; shapes are broadcast to that of z."""
+    return tl.fma(x.broadcast_to(z.shape), y.broadcast_to(z.shape), z)
+
+
+@triton.jit
+def _halves(x):
+    """x[0] and x[1] of a tensor whose first dimension is 2; it has eight."""
+    return tl.split(x.permute(1, 2, 3, 4, 5, 6, 7, 0))
+
+
+@triton.jit
 def _multiply_step(
     planes,  # x as _load_plane gives it, four of them
     packed,  # as _weight_tile and _pairs_tile read them
@@ -348,12 +360,19 @@ def _multiply_step(
                         zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
                         ROW_TILES, WARP_UNITS, WARPS,
                     )  # fmt: skip
-                    sums -= (zero - 8.0) * (1.0 / UNPACKED) * x_sums
+                    sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums)
                 scale = _group_factor(
                     scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
                     ROW_TILES, WARP_UNITS, WARPS,
                 )  # fmt: skip
-                total += tl.sum(sums * scale, 0)
+                # In one form and order: a compiler that sees a sum of products may fuse either of them with the sum,
+                # and does so differently for each row of x.
+                if WARP_UNITS == 1:
+                    total = _fma(sums.reshape(total.shape), scale.reshape(scale.shape[1:]), total)
+                else:
+                    first, second = _halves(sums)
+                    first_scale, second_scale = _halves(scale)
+                    total = _fma(second, second_scale, _fma(first, first_scale, total))
             partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
             x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
     return total, x_total
@@ -379,7 +398,7 @@ def _sum_of_block(
         if z_ptr is not None:
             zero = tl.load(z_ptr + rows).to(tl.float32)[:, None]
             x_sum = tl.max(add_warps(x_total.reshape(WARPS, 16, BLOCK_M), WARPS), 0)  # its rows are alike
-            acc -= (zero - 8.0) * x_sum[None, :]
+            acc = _fma(8.0 - zero, x_sum[None, :], acc)
         acc *= tl.load(s_ptr + rows).to(tl.float32)[:, None]
     return acc
 
@@ -520,6 +539,8 @@ def _int4_decode_kernel(
     PDL: tl.constexpr,
 ):
     """Few rows of x: a block owns 16 * ROW_TILES rows of W and a SPLITS-th of K, which its warps split among them."""
+    tl.static_assert(WARPS * WARP_UNITS * UNIT >= 2 * GROUP_SIZE, "a step is two groups or more")
+    tl.static_assert(WARP_UNITS <= 2 and (SPLITS == 1 or gate_ptr is None))
     ROWS: tl.constexpr = 16 * ROW_TILES
     BLOCK_M: tl.constexpr = 8 * X_TILES
     PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
@@ -874,9 +895,9 @@ def pick_decode_config(
     elif units <= 16 and tiles_per_sm <= 3:  # one step
         warps = 8
         row_tiles = 1 if tiles_per_sm <= 1 and m <= 8 else 2
-    elif 24 < units <= 32 and tiles_per_sm <= 2 and symmetric:  # one step
+    elif 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and group_size in (128, -1):  # one step
         warps = 16
-    elif units >= 48 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
+    elif units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         splits = 4
         row_tiles = 2 if m > 1 or tiles_per_sm > 1 else 1
         row_tiles *= 2 if m > 8 and tiles_per_sm > 1 else 1
@@ -886,20 +907,28 @@ def pick_decode_config(
         row_tiles *= 2 if m > 8 and tiles_per_sm > 2 else 1
     else:
         row_tiles = 2 if m <= 8 else 4
-    row_tiles = row_tiles if symmetric else min(row_tiles, 2)  # zeros take registers
-    limit = _registers(row_tiles, warp_units, 1 if m <= 8 else 2, symmetric, gated)
+    groups = 1 if group_size == -1 else unit // group_size  # a unit
+    if not symmetric or groups > 1:  # scales and zeros take registers
+        row_tiles = min(row_tiles, 2)
+    # In shared memory each pair lies four times, at most as 8 bytes; there is one stage, of both weights.
+    pairs = (1 if symmetric else 2) * 16 * 4 * 8 * triton.cdiv(groups, 2)
+    unit_bytes = (1 + gated) * (8 * unit + pairs)
+    while row_tiles > 1 and row_tiles * warps * warp_units * unit_bytes > facts.shared_memory_bytes:
+        row_tiles //= 2
+    limit = _registers(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
     # Two blocks of 16 warps on an SM, if they can do with 64 registers.
-    limit = min(limit, 64 if warps == 16 and m <= 8 and symmetric else 2048 // warps // 8 * 8)
+    limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
     return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
 
 
-def _registers(row_tiles: int, warp_units: int, x_tiles: int, symmetric: bool, gated: bool) -> int:
-    """About how many registers a thread of the decode kernel needs: x, a step's weights, and sums."""
+def _registers(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
+    """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
     if x_tiles == 2 and not symmetric:
         return 255
     weights = (1 + gated) * row_tiles * 8 * warp_units
-    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 8)
-    held = 16 * warp_units * x_tiles + weights + sums
+    pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if symmetric else 2)
+    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 16)
+    held = 16 * warp_units * x_tiles + weights + pairs + sums
     return min(255, (held + 56 + 8 * row_tiles * (x_tiles - 1)) // 8 * 8)
 
 
@@ -911,13 +940,7 @@ def load_table(path: str | os.PathLike) -> None:
     of pick_config. The environment variable TINY_GEMM_TABLE does the same. ValueError for a file that is no table."""
     try:
         table = json.loads(Path(path).read_text())
-        fields = [f.name for f in dataclasses.fields(DecodeConfig)]
-        found = {
-            (table["gpu"], e["k"], e["n"], e["group_size"], e["gated"], e["rows"]): DecodeConfig(
-                *(e[name] for name in fields)
-            )
-            for e in table["entries"]
-        }
+        found = {_table_key(table["gpu"], e): _table_config(e) for e in table["entries"]}
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path} is no table of benchmarks/sweep_int4_gemm.py: {type(e).__name__}: {e}") from e
     for gpu, k, n, group_size, gated, _ in found:
@@ -931,6 +954,23 @@ def load_table(path: str | os.PathLike) -> None:
             raise ValueError(f"{path}: {k}x{n} has {both[0]}; a step is two groups or more, a gated pair is not split")
     _TABLE.update(found)
     plan.cache_clear()
+
+
+def _table_key(gpu: str, entry: dict) -> tuple:
+    key = tuple(entry[name] for name in ("k", "n", "group_size", "gated", "rows"))
+    if [type(value) for value in key] != [int, int, int, bool, int] or min(key[:2]) < 1:
+        raise ValueError(f"{entry} must have whole numbers k, n, group_size, rows, and gated true or false")
+    return gpu, *key
+
+
+def _table_config(entry: dict) -> DecodeConfig:
+    values = {f.name: entry[f.name] for f in dataclasses.fields(DecodeConfig)}
+    allowed = {"row_tiles": (1, 2, 4), "warp_units": (1, 2), "warps": (1, 2, 4, 8, 16), "splits": (1, 2, 4, 8)}
+    allowed |= {"stages": range(1, 9), "max_registers": range(16, 256)}
+    for name, values_of in allowed.items():
+        if type(values[name]) is not int or values[name] not in values_of:
+            raise ValueError(f"{name}={values[name]!r} must be one of {list(values_of)[:5]} ...")
+    return DecodeConfig(**values)
 
 
 class Launch(NamedTuple):
