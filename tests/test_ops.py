@@ -200,8 +200,10 @@ def test_matches_the_oracle(case, dtype, rows, device, poisoned):
     expected = flat(case.oracle(*args, **kwargs))
     actual = flat(case.op(*fresh(case, args), **kwargs))
     # A fused FFN rounds its hidden activation, ATen's CPU kernel its scales, attention its probabilities: twice once.
+    # Over a cache of 8 bits the GPU's probabilities and values are float16, whatever q is.
+    in_half = device == "cuda" and dtype == torch.float32 and "kv_scale" in kwargs
     for a, e in zip(actual, expected, strict=True):
-        assert_close(a, e, factor=2.0)
+        assert_close(a, e, dtype=torch.float16 if in_half else None, factor=2.0)
         if a.dtype != torch.float32:
             assert a.dtype == dtype
 
