@@ -276,6 +276,12 @@ def test_the_weights_are_taken_from_the_caller():
     assert model.weight_bytes() > 2 * config.vocab_size * config.hidden_size
 
 
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint8, torch.float8_e5m2], ids=str)
+def test_refuses_a_cache_of_another_type(dtype):
+    with pytest.raises(TypeError, match=f"a KV cache of {dtype}: it must be of the model's dtype, int8 or"):
+        KVCache.allocate(config_of(), 1, 16, "cpu", dtype)
+
+
 def test_refuses_a_cache_that_does_not_fit():
     config = config_of("mistral")
     with pytest.raises(ValueError, match="max_length=300 must be 1 to max_position_embeddings=256"):

@@ -637,3 +637,9 @@ def test_a_tensor_that_is_negated_lazily(device):
     x = randn(2, 128, dtype=torch.bfloat16).to(device)
     weight = quantize(randn(32, 128)).to(device)
     assert torch.equal(ops.int4_gemm(torch._neg_view(x), weight), ops.int4_gemm(-x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.uint8, torch.float8_e5m2], ids=str)
+def test_other_types_of_a_cache_are_refused_in_words(dtype):
+    with pytest.raises(TypeError, match=f"dtype={dtype} must be int8 or float8_e4m3fn"):
+        ops.quantize_kv(torch.ones(2, 64), dtype)

@@ -213,6 +213,8 @@ class KVCache:
         int8 or float8_e4m3fn."""
         if batch < 1:
             raise ValueError(f"batch={batch} must be positive")
+        if dtype not in ops.CACHE_DTYPES:
+            raise TypeError(f"a KV cache of {dtype}: it must be of the model's dtype, int8 or float8_e4m3fn")
         config.check_cache_length(max_length)
         shape = (batch, config.num_kv_heads, max_length)
 

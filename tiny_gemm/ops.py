@@ -24,6 +24,7 @@ from tiny_gemm import reference
 from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, TILE_N, Int4Weight, check_packed, dequantize, unpack
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+CACHE_DTYPES = (*FLOAT_DTYPES, *reference.KV_LARGEST)  # of a KV cache: a float's own, or 8 bits
 HEAD_SIZES = (64, 80, 96, 128, 256)
 
 _lib = torch.library.Library("tiny_gemm", "DEF")
@@ -882,8 +883,10 @@ def decode_attention(
 def quantize_kv(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys or values x [..., D] as a cache of 8 bits holds them: (codes [..., D] of `dtype`, float32 scales [...]).
 
-    dtype: int8 or float8_e4m3fn, in which the largest element of each vector becomes 127 or 448.
+    dtype: int8 or float8_e4m3fn, in which the largest element of each vector becomes 127 or 448; TypeError for another.
     """
+    if dtype not in reference.KV_LARGEST:
+        raise TypeError(f"quantize_kv: dtype={dtype} must be int8 or float8_e4m3fn")
     x = x.float()
     largest = x.abs().amax(-1).clamp_(min=reference.KV_SMALLEST)
     codes = x * (reference.KV_LARGEST[dtype] / largest).unsqueeze(-1)

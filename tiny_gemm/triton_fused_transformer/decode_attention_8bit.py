@@ -15,7 +15,7 @@ in the second. A query is divided by its largest element, so that nothing overfl
 
 The values are converted to fp16. A probability times its value's scale may be of any size: the softmax is computed
 relative to the largest such product that the warp has met, not to the largest probability. So none exceeds 1, and what
-fp16 rounds to zero is less than 2^-24 of the largest.
+fp16 rounds to zero is less than 2^-24 of the largest. (With values above 1e32 or so exp2 flushes more of them to zero.)
 """
 
 import triton

@@ -155,7 +155,7 @@ def norm_pairs(
 
 @triton.jit
 def rotate(x, y, d, cos, sin, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, E: tl.constexpr):
-    """RoPE on what _load_pairs loaded, as fp32: column i with column i + ROPE_HALF."""
+    """RoPE on what load_pairs loaded, as fp32: column i with column i + ROPE_HALF."""
     x = x.to(tl.float32)
     if ROPE_HALF == 0:
         return x
