@@ -33,9 +33,18 @@ REGISTERS = (64, 80, 96, 112, 128, 168, 255)
 
 
 def candidates(
-    k: int, n: int, group: int, m: int, facts: DeviceFacts, *, gated: bool = False, quick: bool = False
+    k: int,
+    n: int,
+    group: int,
+    m: int,
+    facts: DeviceFacts,
+    *,
+    symmetric: bool = True,
+    gated: bool = False,
+    quick: bool = False,
 ) -> list[DecodeConfig]:
     """Configurations worth timing for m rows and a weight of n rows and k columns."""
+    groups = 1 if group == -1 else unit_k(k) // group  # a unit
     unit = unit_k(k)
     units = math.ceil(k / unit)
     x_tiles = 1 if m <= 8 else 2
@@ -51,9 +60,9 @@ def candidates(
             continue
         if quick and stages == 3 and row_tiles > 1:
             continue
-        held = 48 + 16 * warp_units * x_tiles + (1 + gated) * row_tiles * (8 * warp_units + 4 * x_tiles)
-        stage = (1 + gated) * row_tiles * units_a_step * 9 * unit  # bytes; a ninth more for the scales
-        registers = [r for r in REGISTERS if r >= held - 16 and r * warps * 32 <= 65536]
+        needed = triton_gemm.registers_needed(row_tiles, warp_units, x_tiles, groups, symmetric, gated)
+        stage = row_tiles * units_a_step * triton_gemm.stage_bytes(unit, group, symmetric, gated)
+        registers = [r for r in REGISTERS if r >= needed - 16 and r * warps * 32 <= 65536]
         if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
             limits = registers[1:2] or registers[:1] if quick else registers[:2]
             found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits) for limit in limits]
@@ -158,7 +167,10 @@ def main(arguments: list[str] | None = None) -> int:
     begin, dtype = time.time(), getattr(torch, args.dtype)
     facts = device_facts(torch.device("cuda"))
     configs = {
-        (k, n): {m: candidates(k, n, g, m, facts, gated=args.gated, quick=args.quick) for m in args.rows}
+        (k, n): {
+            m: candidates(k, n, g, m, facts, symmetric=not args.zeros, gated=args.gated, quick=args.quick)
+            for m in args.rows
+        }
         for (k, n), g in shapes.items()
     }
     jobs = {}  # one for each kernel, not for each shape

@@ -257,6 +257,7 @@ def test_unpacking_costs_no_conversions(target, dtype):
     compiled = compile_gemm(target, "decode-g128", dtype)
     assert "I2F" not in compiled.assembly and "LOP3" in compiled.assembly
     assert compiled.count("LDG.128") > 0 == compiled.count("LDGSTS"), "all of K in one step: straight into registers"
+    assert compiled.count("LDSM") == 0
     operations = compiled.instructions["HMMA"] * 4  # 8 weights a lane each, two an operation
     assert len(re.findall(r"HFMA2[.A-Z0-9_]* ", compiled.assembly)) in range(operations, operations + 8)
     assert len(re.findall(r"SHF\.R\.U32\.HI", compiled.assembly)) < operations / 2, "a shift for two planes"

@@ -839,11 +839,6 @@ class SplitConfig:
     stages: int
 
 
-def units_per_step(unit: int, group_size: int) -> int:
-    """Units that the prefill kernel reads at a time: whole pairs of groups."""
-    return 2 if group_size == unit else 1
-
-
 def pick_config(
     m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts
 ) -> DecodeConfig | SplitConfig:
@@ -859,7 +854,7 @@ def pick_config(
         block_n = 32 if block_m == 2 else 64
         stages = 2 if not facts.is_nvidia else 4 if block_m == 16 else 3
         return SplitConfig(block_n, block_m, 1, block_n // 32, stages)
-    step = unit * units_per_step(unit, group_size)
+    step = 2 * unit if group_size == unit else unit  # whole pairs of groups
     # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
     block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
     blocks = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
@@ -910,18 +905,23 @@ def pick_decode_config(
     groups = 1 if group_size == -1 else unit // group_size  # a unit
     if not symmetric or groups > 1:  # scales and zeros take registers
         row_tiles = min(row_tiles, 2)
-    # In shared memory each pair lies four times, at most as 8 bytes; there is one stage, of both weights.
-    pairs = (1 if symmetric else 2) * 16 * 4 * 8 * triton.cdiv(groups, 2)
-    unit_bytes = (1 + gated) * (8 * unit + pairs)
-    while row_tiles > 1 and row_tiles * warps * warp_units * unit_bytes > facts.shared_memory_bytes:
+    tile_bytes = stage_bytes(unit, group_size, symmetric, gated) * warps * warp_units
+    while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
-    limit = _registers(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
+    limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
     # Two blocks of 16 warps on an SM, if they can do with 64 registers.
     limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
     return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
 
 
-def _registers(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
+def stage_bytes(unit: int, group_size: int, symmetric: bool, gated: bool) -> int:
+    """Bytes at most of shared memory that a stage of the decode kernel takes for a unit of a row tile. Each pair of
+    scales, of up to 8 bytes, lies there four times."""
+    pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if symmetric else 2)
+    return (1 + gated) * (8 * unit + pairs * 16 * 4 * 8)
+
+
+def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
     """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
     if x_tiles == 2 and not symmetric:
         return 255

@@ -36,16 +36,19 @@ from tiny_gemm.launcher import Launcher
 from tiny_gemm.triton_fused_transformer.decode_attention_8bit import _decode_attention_8bit_kernel
 from tiny_gemm.triton_fused_transformer.decode_parts import (
     decode_attention_cost,
+    early_length,
     finish,
     first_tile,
     insert,
     load_columns,
     load_pairs,
+    load_vectors,
     norm_pairs,
     prefetch_row,
     rope_row,
     rotate,
     soft_cap,
+    start_softmax,
     tokens,
     window_begin,
 )
@@ -217,11 +220,7 @@ def _decode_attention_kernel(
     k_cache_ptr += batch * stride_cb + kv_head * stride_ch
     v_cache_ptr += batch * stride_cb + kv_head * stride_ch
 
-    if PDL:  # one number for all warps, which else might load it at different times and part ways below
-        length = tl.max(tl.load(lengths_ptr + batch + tl.arange(0, 32 * WARPS) * 0), 0)
-    else:
-        length = tl.load(lengths_ptr + batch)
-    length = tl.maximum(length, 0)
+    length = early_length(lengths_ptr, batch, WARPS, PDL)
     if PDL:
         start = first_tile(length, split, Lmax, STEP)
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
@@ -262,8 +261,7 @@ def _decode_attention_kernel(
         v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
         q_new, q_pair = load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
         k_new, k_pair = load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
-        v_ptrs = v_ptr + (new_row + d_v)[:, :, :, :, None] + tl.arange(0, E)
-        v_new = tl.load(v_ptrs, mask=(d_v < D)[:, :, :, :, None], other=0.0)
+        v_new = load_vectors(v_ptr + new_row + d_v, d_v < D, E)
         cos = 1.0
         sin = 0.0
         if ROPE_HALF > 0:
@@ -277,15 +275,8 @@ def _decode_attention_kernel(
             q_new, q_pair = norm_pairs(q_new, q_pair, q_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
         q_new = rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
         q = _queries_operand(q_new, BLOCK_D, WARPS, BLOCK_G, E)
-        top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([WARPS, BLOCK_G], tl.float32)
+        top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 0.0)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
-        if sinks_ptr is not None:  # the first warp of the first block has seen a token of that score and no value
-            offs_g = tl.arange(0, BLOCK_G)
-            sink = tl.load(sinks_ptr + kv_head * G + offs_g, mask=(offs_g < G) & (split == 0), other=float("-inf"))
-            is_first = (tl.arange(0, WARPS) == 0)[:, None]
-            top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634, top)
-            total = tl.where(top > float("-inf"), 1.0, 0.0)
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
             if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs
                 k_new, k_pair = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)

@@ -23,6 +23,7 @@ import triton.language as tl
 
 from tiny_gemm.triton_fused_transformer.decode_parts import (
     decode_attention_cost,
+    early_length,
     finish,
     first_tile,
     insert,
@@ -34,6 +35,7 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     rope_row,
     rotate,
     soft_cap,
+    start_softmax,
     tokens,
     window_begin,
 )
@@ -419,11 +421,7 @@ def _decode_attention_8bit_kernel(
     v_cache_ptr += batch * stride_cb + kv_head * stride_ch
     kv_scale_ptr += batch * stride_sb + kv_head * stride_sh
 
-    if PDL:  # one number for all warps, which else might load it at different times and part ways below
-        length = tl.max(tl.load(lengths_ptr + batch + tl.arange(0, 32 * WARPS) * 0), 0)
-    else:
-        length = tl.load(lengths_ptr + batch)
-    length = tl.maximum(length, 0)
+    length = early_length(lengths_ptr, batch, WARPS, PDL)
     if PDL:
         start = first_tile(length, split, Lmax, STEP)
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
@@ -482,15 +480,8 @@ def _decode_attention_8bit_kernel(
             q_new, q_pair = norm_pairs(q_new, q_pair, q_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
         q, q_scale = _split_queries(rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E), FP8)
         q_scale *= scale_log2
-        top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([WARPS, BLOCK_G], tl.float32)
+        top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 90.0)  # as of a small value
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
-        if sinks_ptr is not None:  # the first warp of the first block has seen a token of that score and a small value
-            offs_g = tl.arange(0, BLOCK_G)
-            sink = tl.load(sinks_ptr + kv_head * G + offs_g, mask=(offs_g < G) & (split == 0), other=float("-inf"))
-            is_first = (tl.arange(0, WARPS) == 0)[:, None]
-            top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634 - 90.0, top)
-            total = tl.where(top > float("-inf"), 1.2379400392853803e27, 0.0)  # 2^90
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
             k_rotated = k_new, k_pair
             if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs

@@ -195,6 +195,42 @@ def first_tile(length, split, Lmax, STEP: tl.constexpr):
 
 
 @triton.jit
+def early_length(lengths_ptr, batch, WARPS: tl.constexpr, PDL: tl.constexpr):
+    """A sequence's length, which with PDL the kernel ahead may still change."""
+    if PDL:  # one number for all warps, which else might load it at different times and part ways later
+        length = tl.max(tl.load(lengths_ptr + batch + tl.arange(0, 32 * WARPS) * 0), 0)
+    else:
+        length = tl.load(lengths_ptr + batch)
+    return tl.maximum(length, 0)
+
+
+@triton.jit
+def start_softmax(
+    sinks_ptr,  # [Hq], or None
+    kv_head,
+    split,
+    G: tl.constexpr,
+    WARPS: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """(top, total) [WARPS, BLOCK_G] before the first tile: the running maximum, in units of log2, and sum over
+    2 ** top.
+
+    With sinks the first warp of the first block has seen a token of that score and no value, SHIFT above its top.
+    """
+    top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([WARPS, BLOCK_G], tl.float32)
+    if sinks_ptr is not None:
+        offs_g = tl.arange(0, BLOCK_G)
+        sink = tl.load(sinks_ptr + kv_head * G + offs_g, mask=(offs_g < G) & (split == 0), other=float("-inf"))
+        is_first = (tl.arange(0, WARPS) == 0)[:, None]
+        top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634 - SHIFT, top)
+        total = tl.where(top > float("-inf"), 2.0**SHIFT, 0.0)
+    return top, total
+
+
+@triton.jit
 def window_begin(length, Lmax, WINDOW: tl.constexpr):
     """The first token that counts."""
     if WINDOW > 0:
