@@ -62,7 +62,7 @@ def candidates(
             continue
         needed = triton_gemm.registers_needed(row_tiles, warp_units, x_tiles, groups, symmetric, gated)
         stage = row_tiles * units_a_step * triton_gemm.stage_bytes(unit, group, symmetric, gated)
-        registers = [r for r in REGISTERS if r >= needed - 16 and r * warps * 32 <= 65536]
+        registers = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
         if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
             limits = registers[1:2] or registers[:1] if quick else registers[:2]
             found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits) for limit in limits]

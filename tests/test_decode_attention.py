@@ -223,6 +223,45 @@ def test_views_of_a_qkv_row_and_of_a_layered_cache(implementation):
     assert (layers_k[:, :, 0] == 0).all() and (layers_v[:, :, 0] == 0).all()
 
 
+def test_caches_whose_rows_begin_anywhere(implementation):
+    """Views one element into their storage, and rows that are further apart than they are long, by an odd number."""
+    decode_attention, device = implementation
+    q, k, v, k_cache, v_cache, *rest = make_inputs(Case(8, 2, 150, (149, 20), D=128), torch.bfloat16, device)
+    expected, k_expected, _ = run(decode_attention, (q, k, v, k_cache, v_cache, *rest))
+    for row in (128, 131):
+        shifted = [torch.zeros(2 * 2 * 150 * row + 1, dtype=q.dtype, device=device)[1:] for _ in range(2)]
+        caches = [t.view(2, 2, 150, row)[..., :128].copy_(c) for t, c in zip(shifted, (k_cache, v_cache), strict=True)]
+        assert_close(decode_attention(q, k, v, *caches, *rest), expected.double())
+        assert torch.equal(caches[0].nan_to_num(), k_expected.nan_to_num())
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_blocks_of_eight_heads_as_on_nvidia(poisoned, monkeypatch, dtype):
+    """The interpreter's blocks are AMD's, of 16 heads; NVIDIA's have 8, which stand twice in the product's 16 rows."""
+    launcher = decode._launcher
+
+    def of_eight(*arguments):
+        found = launcher.__wrapped__(*arguments)
+        found.meta["BLOCK_G"] = 8
+        return found
+
+    monkeypatch.setattr(decode, "_launcher", of_eight)
+    check_against_oracle(decode.decode_attention, make_inputs(Case(14, 2, 150, (0, 69, 149)), dtype))
+
+
+@pytest.mark.interp
+def test_tokens_that_lie_far_apart():
+    """Rows 2^24 elements apart, as in a pool of all layers and sequences: tokens of a tile lie more than 2^31 apart."""
+    case = Case(2, 1, 200, (199,))
+    q, k, v, k_cache, v_cache, *rest = make_inputs(case, torch.bfloat16)
+    expected = run(decode.decode_attention, (q, k, v, k_cache, v_cache, *rest))[0]
+    far = [torch.empty(200 << 24, dtype=q.dtype).as_strided((1, 1, 200, 64), (1, 1, 2**24, 1)) for _ in range(2)]
+    for t, cache in zip(far, (k_cache, v_cache), strict=True):
+        t.copy_(cache)  # only these rows are touched
+    assert torch.equal(decode.decode_attention(q, k, v, *far, *rest), expected)
+
+
 def test_row_alone_has_the_bits_of_the_batch(implementation):
     decode_attention, device = implementation
     case = Case(10, 2, 160, (0, 1, 63, 64, 65, 100, 159, 160))
@@ -345,12 +384,12 @@ WITH = {  # window, softcap; the optional pointers that are there
 def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, 4096, 128, 2, facts)
-    launcher = decode._launcher(config, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
+    launcher = decode._launcher(config, 128, True, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
     signature = signature_of(launcher, **NO_POINTERS | pointers)
     aot.check(aot.compile_launch(launcher, target, signature, unaligned=("Lmax",)))
 
 
-NO_POINTERS = dict.fromkeys(("lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr"))
+NO_POINTERS = dict.fromkeys(("kv_scale_ptr", "lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr"))
 
 
 def signature_of(launcher, **more):
@@ -365,7 +404,7 @@ def signature_of(launcher, **more):
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, D, True, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
     aot.check(compiled, may_spill=D == 256 or group > 16)
@@ -375,6 +414,38 @@ def test_compiles_for(target, D, kv_heads, group, Lmax):
         main = main.rpartition("ACQBULK")[2]
         assert "LDSM" not in main and "BAR.SYNC" not in main, "no shared memory, and no warp waits for another"
         check_arrival(compiled.assembly)
+        if target == "sm_90" and D <= 128:
+            check_loop(compiled.assembly)
+        if group <= 8 and D in (64, 128):
+            end = compiled.assembly.rpartition("HMMA")[2]
+            barriers = [part.count("BAR.SYNC") for part in end.partition("ATOMG")[::2]]
+            assert barriers == [2, 1], "the warps meet once and before the arrival, those of the last block not again"
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("D, group", [(64, 4), (128, 4), (128, 16)])
+@pytest.mark.parametrize("unaligned", ["k_cache_ptr", "stride_ch", "stride_qh"])
+def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
+    """Triton takes shared memory to bring what it loads into order; none is declared beside it."""
+    facts = aot.device_facts("sm_90")
+    config = decode.pick_config(8, group, 4096, D, 2, facts)
+    launcher = decode._launcher(config, D, False, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    signature = signature_of(launcher, **NO_POINTERS)
+    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("Lmax", unaligned))
+    aot.check(compiled, vector_loads=False, may_spill=True)
+    assert compiled.static_shared_memory == 0
+
+
+def check_loop(sass: str):
+    """In the loop over tiles all keys and values are asked for before the first product."""
+    lines = sass.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_x_")}
+    jumps = ((labels.get(line.split("`(")[1].split(")")[0], i), i) for i, line in enumerate(lines) if " BRA `(" in line)
+    loops = [lines[start:end] for start, end in jumps if start < end]
+    body = next(body for body in reversed(loops) if any("MMA." in line for line in body))
+    assert max(i for i, line in enumerate(body) if " LDG.E.128" in line) < min(
+        i for i, line in enumerate(body) if "MMA." in line
+    )
 
 
 def check_arrival(sass: str):
@@ -389,8 +460,9 @@ def check_arrival(sass: str):
 
 def test_config_has_no_batch_and_fits():
     facts = aot.device_facts("sm_90")
-    assert decode.pick_config(8, 4, 4096, 128, 2, facts).num_splits == 132 // 8
+    assert decode.pick_config(8, 4, 4096, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=4, tiles=2)
+    assert decode.pick_config(8, 4, 8192, 128, 2, facts).num_splits == 2 * (132 // 8)
     assert decode.pick_config(3, 3, 100, 64, 2, facts).num_splits == 1
-    assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 10, "no more splits than the cache has tiles"
+    assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 3, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 1, 4096, 64, 2, facts).num_splits == 1
     assert decode.pick_config(1, 8, 10**6, 128, 2, facts).num_splits == 64, "the last block has to add them up"

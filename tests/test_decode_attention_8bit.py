@@ -15,6 +15,7 @@ from test_decode_attention import (
     Case,
     _write_late_kernel,
     check_arrival,
+    check_loop,
     clone_caches,
     implementation,  # noqa: F401
     lse_ref,
@@ -398,6 +399,8 @@ def test_compiles_for(target, D, kv_heads, group, Lmax, cache):
             assert f" {other}" not in main, "no shared memory, and no warp waits for another"
         assert ("IMMA" in main) == (cache == "int8"), "keys of int8 are multiplied as they are"
         check_arrival(compiled.assembly)
+        if target == "sm_90" and D <= 128:
+            check_loop(compiled.assembly)
 
 
 @pytest.mark.aot
@@ -411,9 +414,9 @@ def test_compiles_with(target, window, softcap, pointers, cache):
 def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, **pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
-    launcher = decode._launcher(config, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts)
+    launcher = decode._launcher(config, D, True, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts)
     caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
-    signature = signature_of(launcher, **caches, **NO_POINTERS | pointers)
+    signature = signature_of(launcher, **NO_POINTERS | caches | pointers)
     return aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
 
 
@@ -421,6 +424,7 @@ def test_config_of_8_bits():
     facts = aot.device_facts("sm_90")
     assert decode.pick_config(8, 4, 8192, 128, 1, facts) == DecodeAttentionConfig(16, num_warps=4, tiles=2)
     assert decode.pick_config(8, 4, 32768, 128, 1, facts).num_splits == 32
-    assert decode.pick_config(8, 4, 512, 128, 1, facts) == DecodeAttentionConfig(8, num_warps=2, tiles=2)
+    assert decode.pick_config(8, 4, 512, 128, 1, facts) == DecodeAttentionConfig(4, num_warps=4, tiles=2)
+    assert decode.pick_config(8, 4, 8192, 64, 1, facts).tiles == 4
     assert decode.pick_config(8, 4, 100, 64, 1, facts).num_splits == 1
     assert decode.pick_config(1, 16, 8192, 128, 1, facts).tiles == 1, "the queries alone fill registers"

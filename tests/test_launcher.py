@@ -21,7 +21,7 @@ from triton.runtime.jit import JITFunction
 
 from tiny_gemm import launcher, triton_gemm
 from tiny_gemm.launcher import Launcher, specialize
-from tiny_gemm.triton_fused_transformer import attention, decode_attention, decode_attention_8bit, ffn, norm
+from tiny_gemm.triton_fused_transformer import attention, decode_attention, ffn, norm
 
 
 @triton.jit
@@ -334,7 +334,7 @@ def test_this_triton_is_known():
 
 KERNELS = [
     value
-    for module in (triton_gemm, ffn, norm, attention, decode_attention, decode_attention_8bit)
+    for module in (triton_gemm, ffn, norm, attention, decode_attention)
     for name, value in vars(module).items()
     if name.endswith("_kernel") and value.fn.__module__ == module.__name__
 ]

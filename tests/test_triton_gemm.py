@@ -230,11 +230,8 @@ def compile_gemm(target, name, dtype="bf16"):
 def test_compiles_for_every_target(target, name):
     # Of a unit of 64 columns a lane loads 8 bytes at a time, and on AMD, where it is 32 bytes a row, so it does for
     # prefill.
-    # With zeros and two units at a time ptxas spills six registers of 128 on Ampere; allowed 255 it takes 180,
-    # and fewer blocks fit an SM. On sm_100 it spills one of 80 before a loop.
     compiled = compile_gemm(target, name)
-    few_spills = name == "prefill-g128-zeros" and target in ("sm_80", "sm_86", "sm_89") and compiled.spills <= 6
-    few_spills |= name == "prefill-split" and target == "sm_100" and compiled.spills <= 2
+    few_spills = name == "prefill-split" and target == "sm_100" and compiled.spills <= 2  # one of 80, before a loop
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
     aot.check(compiled, vector_loads=not narrow, may_spill=few_spills)
 

@@ -875,43 +875,64 @@ def pick_decode_config(
     m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts, *, gated: bool = False
 ) -> DecodeConfig:
     """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
-    # Swept on an H200, 2026-11-28: see docs/notes/int4-gemm.md.
     unit = unit_k(k)
     units = triton.cdiv(k, unit)
-    tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-    warp_units, warps, splits, row_tiles = 2, 4, 1, 1
-    if not facts.is_nvidia:
-        warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
-    elif unit == 64:  # small models: all of K in one step, if it is not more than 1,024
-        warps = 8
-        row_tiles = 1 if tiles_per_sm <= 4 or gated else 2
-    elif gated:
-        pass
-    elif units <= 16 and tiles_per_sm <= 3:  # one step
-        warps = 8
-        row_tiles = 1 if tiles_per_sm <= 1 and m <= 8 else 2
-    elif 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and group_size in (128, -1):  # one step
-        warps = 16
-    elif units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
-        splits = 4
-        row_tiles = 2 if m > 1 or tiles_per_sm > 1 else 1
-        row_tiles *= 2 if m > 8 and tiles_per_sm > 1 else 1
-    elif tiles_per_sm <= 3:
-        warps = 8
-        row_tiles = 1 if m <= 8 and tiles_per_sm <= 2 else 2
-        row_tiles *= 2 if m > 8 and tiles_per_sm > 2 else 1
-    else:
-        row_tiles = 2 if m <= 8 else 4
     groups = 1 if group_size == -1 else unit // group_size  # a unit
-    if not symmetric or groups > 1:  # scales and zeros take registers
+    if facts.is_nvidia:
+        tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
+        shape = _decode_blocks(m, unit, units, tiles_per_sm, group_size, groups, symmetric, gated)
+        warp_units, warps, splits, row_tiles = shape
+    else:
+        warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
+    if warp_units > 1 and (groups > 1 or not symmetric):  # scales and zeros take registers
         row_tiles = min(row_tiles, 2)
     tile_bytes = stage_bytes(unit, group_size, symmetric, gated) * warps * warp_units
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
     limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
+    if limit == 136:  # a little less does, and one block more fits an SM
+        limit = 128
     # Two blocks of 16 warps on an SM, if they can do with 64 registers.
     limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
     return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
+
+
+def _decode_blocks(
+    m: int, unit: int, units: int, tiles_per_sm: float, group_size: int, groups: int, symmetric: bool, gated: bool
+) -> tuple[int, int, int, int]:
+    """(warp_units, warps, splits, row_tiles), the first three the same for every m.
+
+    Swept on an H200, 2026-11-28, groups of 32 and 64 on 2026-11-29: see docs/notes/int4-gemm.md. What decides is that
+    all blocks fit the chip at once, scales and zeros taking registers, and that they are many.
+    """
+    few = m <= 8
+    if unit == 64 and units >= 32 and tiles_per_sm <= 2 and not gated:
+        return 1, 4, 4, 1 if m == 1 else 2
+    if unit == 64:  # small models: all of K in one step, if it is not more than 1,024
+        return 2, 8, 1, 1 if tiles_per_sm <= 4 or gated else 2
+    if gated:
+        return 2 if groups <= 2 else 1, 4, 1, 1
+    if units <= 16 and tiles_per_sm <= 3:  # one step
+        return 2, 8, 1, 1 if tiles_per_sm <= 1 and few else 2
+    if 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and group_size in (128, -1):  # one step
+        return 2, 16, 1, 1 if few else 2
+    if groups > 2 and not symmetric and tiles_per_sm <= 2:
+        return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
+    if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
+        if groups > 2 or not symmetric:
+            return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
+        if tiles_per_sm > 1:
+            return 2, 4, 4, 2 if few else 4
+        return 2, 4, 4, 1 if m == 1 else 2
+    if tiles_per_sm <= 2:
+        return 2, 8, 1, 1 if few else 2
+    if tiles_per_sm <= 3 and symmetric and groups == 1:
+        return 2, 8, 1, 2 if few else 4
+    if tiles_per_sm <= 3 and symmetric:
+        return 1, 8, 1, 1 if few else 2 if groups == 2 else 4
+    if tiles_per_sm <= 3:
+        return 2, 4, 1, 1 if few else 2
+    return 2 if groups <= 2 else 1, 4, 1, 2 if few else 4
 
 
 def stage_bytes(unit: int, group_size: int, symmetric: bool, gated: bool) -> int:
@@ -923,11 +944,11 @@ def stage_bytes(unit: int, group_size: int, symmetric: bool, gated: bool) -> int
 
 def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
     """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
-    if x_tiles == 2 and not symmetric:
+    if x_tiles == 2 and (not symmetric or (row_tiles == 4 and groups > 1)):
         return 255
     weights = (1 + gated) * row_tiles * 8 * warp_units
     pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if symmetric else 2)
-    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 16)
+    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 24 if groups == 2 else 16)
     held = 16 * warp_units * x_tiles + weights + pairs + sums
     return min(255, (held + 56 + 8 * row_tiles * (x_tiles - 1)) // 8 * 8)
 

@@ -7,9 +7,10 @@
 Flash-decoding (Dao et al., 2023). The tokens of a sequence are cut into tiles, 16 * TILES tokens for each of a block's
 WARPS warps; up to NUM_SPLITS blocks a KV head take the tiles in turn, from the last to the first, and the query heads
 of a group (G = Hq / Hkv) share what a block reads. K and V go from global memory straight into the registers from
-which the tensor core reads them, 16 bytes a thread, with no shared memory in between (`_load_keys` and `_load_values`
-say how). Every warp keeps a softmax of its own, so that no warp waits for another before the end. At these sizes
-instructions are time: a block lives for a few microseconds, with one or two warps for each scheduler.
+which the tensor core reads them, 16 bytes a thread, with no shared memory in between (decode_tiles.py says how, and
+what differs over a cache of 8 bits). Every warp keeps a softmax of its own, so that no warp waits for another before
+the end, where they meet once. At these sizes instructions are time: a block lives for a few microseconds, with one or
+two warps for each scheduler.
 
 Where the tiles lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
 results are added in a fixed order: a row has the same bits alone and in any batch. The blocks of a (sequence, KV head)
@@ -33,141 +34,45 @@ from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch
 from tiny_gemm.launcher import Launcher
-from tiny_gemm.triton_fused_transformer.decode_attention_8bit import _decode_attention_8bit_kernel
 from tiny_gemm.triton_fused_transformer.decode_parts import (
+    EXCHANGE_WORDS,
     decode_attention_cost,
     early_length,
+    exchange_words,
     finish,
     first_tile,
     insert,
-    load_columns,
     load_pairs,
     load_vectors,
     norm_pairs,
+    num_blocks,
     prefetch_row,
     rope_row,
     rotate,
-    soft_cap,
     start_softmax,
-    tokens,
     window_begin,
 )
-from tiny_gemm.triton_gemm import add_warps, pdl_options, prefetch_l2, wait_for_previous
+from tiny_gemm.triton_fused_transformer.decode_tiles import (
+    attend,
+    load_tile,
+    quantize_token,
+    queries_operand,
+    split_queries,
+)
+from tiny_gemm.triton_gemm import pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 
 
 @triton.jit
-def _load_keys(
-    ptr,  # k of one sequence and KV head, rows stride_cn apart
-    start,
-    last,
-    stride_cn,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr,
-    TILES: tl.constexpr,
-    E: tl.constexpr,
-):
-    """Tokens start .. start + 16 * TILES * WARPS, `last` in the place of later ones: [32, WARPS, 2 * TILES, BLOCK_D /
-    4 E, E]. Nothing where start < 0.
-
-    The first dimension is the lane, the second the warp, the rest are registers. Lane
-    4 r + t loads of each eight tokens token r, columns 4 E c + E t and E - 1 more for each c. What it needs for the
-    product are columns 16 s + 8 h + 2 t + e; so stored column 4 E c + E t + 4 s + 2 h + e is called 4 E c + 16 s + 8 h
-    + 2 t + e, of k and of q alike, and nothing moves between threads.
-    """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    eighth = tl.arange(0, 2 * TILES)[None, None, :, None]
-    token = tl.minimum(start + warp * (16 * TILES) + eighth * 8 + lane // 4, last)
-    d = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E) + lane % 4 * E
-    offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
-    return load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
-
-
-@triton.jit
-def _keys_operand(k, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, E: tl.constexpr):
-    """What _load_keys loaded as [WARPS, 16 * TILES, BLOCK_D], columns renamed."""
-    k = k.reshape(8, 4, WARPS, 2 * TILES, BLOCK_D // (4 * E), E // 4, 2, 2)  # r t warp eighth c s h e
-    return k.permute(2, 3, 0, 4, 5, 6, 1, 7).reshape(WARPS, 16 * TILES, BLOCK_D)
-
-
-@triton.jit
-def _queries_operand(q, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, BLOCK_G: tl.constexpr, E: tl.constexpr):
-    """q [32, WARPS, BLOCK_G / 8, BLOCK_D / 4 E, E], loaded as keys are with heads for tokens, as [WARPS, BLOCK_D,
-    BLOCK_G], columns renamed alike."""
-    q = q.reshape(8, 4, WARPS, BLOCK_G // 8, BLOCK_D // (4 * E), E // 4, 2, 2)  # r t warp eighth c s h e
-    return q.permute(2, 4, 5, 6, 1, 7, 3, 0).reshape(WARPS, BLOCK_D, BLOCK_G)
-
-
-@triton.jit
-def _load_values(
-    ptr,  # v of one sequence and KV head, rows stride_cn apart
-    start,
-    last,
-    stride_cn,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr,
-    TILES: tl.constexpr,
-    E: tl.constexpr,
-):
-    """The tokens that _load_keys loads: [32, WARPS, 4 * TILES, BLOCK_D / 8 E, E].
-
-    Lane 4 r + t loads of each sixteen tokens those that the product wants of it, 8 h + 2 t + e, and of each columns
-    8 E c + E r and E - 1 more; stored column 8 E c + E r + j is called 8 E c + 8 j + r.
-    """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    part = tl.arange(0, 4 * TILES)[None, None, :, None]
-    token = tl.minimum(start + warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2, last)
-    d = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E) + lane // 4 * E
-    offs = (tl.cast(token, tl.int64) * stride_cn + d)[:, :, :, :, None] + tl.arange(0, E)
-    return load_columns(ptr + offs, d, start >= 0, D, BLOCK_D)
-
-
-@triton.jit
-def _values_operand(v, BLOCK_D: tl.constexpr, WARPS: tl.constexpr, TILES: tl.constexpr, E: tl.constexpr):
-    """What _load_values loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed."""
-    v = v.reshape(8, 4, WARPS, 2 * TILES, 2, BLOCK_D // (8 * E), E)  # r t warp eighth e c j
-    return v.permute(2, 5, 6, 0, 3, 1, 4).reshape(WARPS, BLOCK_D, 16 * TILES)
-
-
-@triton.jit
-def _attend(
-    q,  # [WARPS, BLOCK_D, BLOCK_G]
-    k,  # as _load_keys loads it
-    v,  # as _load_values loads it
-    top,
-    total,
-    acc,
-    begin,  # first and past the last of the tile's tokens that count
-    end,
-    scale_log2,
-    SOFTCAP: tl.constexpr,
-    WINDOW: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr,
-    TILES: tl.constexpr,
-    E: tl.constexpr,
-):
-    """The running softmax (top, total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]) with one more tile."""
-    s = tl.dot(_keys_operand(k, BLOCK_D, WARPS, TILES, E), q, input_precision="ieee") * scale_log2
-    if SOFTCAP > 0:
-        s = soft_cap(s, SOFTCAP)
-    offs_n = tl.arange(0, 16 * TILES * WARPS).reshape(WARPS, 16 * TILES)[:, :, None]
-    counts = offs_n < end
-    if WINDOW > 0:
-        counts &= offs_n >= begin
-    s = tl.where(counts, s, float("-inf"))  # [WARPS, 16 * TILES, BLOCK_G]
-    new_top = tl.maximum(top, tl.max(s, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a warp may have seen no token yet
-    p = tl.exp2(s - base[:, None, :])
-    rescale = tl.exp2(top - base)
-    total = total * rescale + tl.sum(p, 1)
-    v = _values_operand(v, BLOCK_D, WARPS, TILES, E)
-    return new_top, total, tl.dot(v, p.to(v.dtype), acc * rescale[:, None, :], input_precision="ieee")
+def _prefetch_tile(k_ptr, v_ptr, scale_ptr, start, rows, D: tl.constexpr):
+    """Asks L2 for `rows` tokens from `start` on, a multiple of 16, of one sequence and KV head."""
+    offs = tl.cast(start, tl.int64) * D
+    num_bytes = rows * (D * (k_ptr.dtype.element_ty.primitive_bitwidth // 8))
+    prefetch_l2(k_ptr + offs, num_bytes)
+    prefetch_l2(v_ptr + offs, num_bytes)
+    if scale_ptr is not None:
+        prefetch_l2(scale_ptr + tl.cast(start, tl.int64) * 2, (rows + 1) // 2 * 16)
 
 
 @triton.jit(do_not_specialize=["Lmax"], launch_metadata=decode_attention_cost)
@@ -175,15 +80,16 @@ def _decode_attention_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
-    k_cache_ptr,
+    k_cache_ptr,  # of 16 or 32 bits; int8, or the bits of e4m3 as int8
     v_cache_ptr,
+    kv_scale_ptr,  # [B, Hkv, Lmax, 2] fp32 of a cache of 8 bits, else None
     lengths_ptr,
     cos_ptr,  # [>= Lmax, ROPE_HALF]
     sin_ptr,
     q_norm_ptr,  # [D], or None
     k_norm_ptr,
     sinks_ptr,  # [Hq], or None
-    partial_ptr,  # [B, Hkv, NUM_SPLITS, G, D] fp32 outputs, then [B, Hkv, NUM_SPLITS, G] fp32 log2 of their weights
+    partial_ptr,  # see finish
     counter_ptr,  # [B, Hkv] int32, zero before and after
     out_ptr,  # [B, Hq, D]
     lse_ptr,  # [B, Hq] fp32, or None
@@ -193,9 +99,11 @@ def _decode_attention_kernel(
     stride_kh,
     stride_cb,  # of k_cache and v_cache
     stride_ch,
-    stride_cn,
+    stride_sb,  # of kv_scale
+    stride_sh,
     Lmax,
     scale_log2,  # scale * log2(e): the softmax is computed with exp2
+    STRIDE: tl.constexpr,  # from one cached token to the next
     ROPE_HALF: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -208,29 +116,34 @@ def _decode_attention_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     E: tl.constexpr,  # elements in 16 bytes
+    MERGE_IN_SHARED: tl.constexpr,  # see _merge_warps
+    FP8: tl.constexpr,  # 8 bits are e4m3
+    HAS_E4M3: tl.constexpr,  # there are instructions that convert it
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
 ):
     STEP: tl.constexpr = 16 * TILES * WARPS  # tokens of a tile
     CACHED: tl.constexpr = k_cache_ptr.dtype.element_ty
+    IS_8_BIT: tl.constexpr = kv_scale_ptr is not None
+    E_V: tl.constexpr = min(E, BLOCK_D // 8)
     PAIR_IN_THREAD: tl.constexpr = 2 * ROPE_HALF == BLOCK_D and ROPE_HALF % (4 * E) == 0
     split = tl.program_id(0)
     kv_head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     k_cache_ptr += batch * stride_cb + kv_head * stride_ch
     v_cache_ptr += batch * stride_cb + kv_head * stride_ch
+    if IS_8_BIT:
+        kv_scale_ptr += batch * stride_sb + kv_head * stride_sh
 
     length = early_length(lengths_ptr, batch, WARPS, PDL)
-    if PDL:
+    if PDL and STRIDE == D:
+        can_prefetch = (k_cache_ptr.to(tl.int64) | v_cache_ptr.to(tl.int64)) % 16 == 0
+        if IS_8_BIT:
+            can_prefetch &= kv_scale_ptr.to(tl.int64) % 16 == 0
         start = first_tile(length, split, Lmax, STEP)
         rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
-        first_k = k_cache_ptr + tl.cast(start, tl.int64) * D
-        first_v = v_cache_ptr + tl.cast(start, tl.int64) * D
-        is_aligned = (first_k.to(tl.int64) | first_v.to(tl.int64)) % 16 == 0
-        if (rows > 0) & (start >= 0) & (stride_cn == D) & is_aligned:
-            num_bytes = rows * (D * (CACHED.primitive_bitwidth // 8))
-            prefetch_l2(first_k, num_bytes)
-            prefetch_l2(first_v, num_bytes)
+        if can_prefetch & (rows > 0) & (start >= 0):
+            _prefetch_tile(k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, rows, D)
         if q_norm_ptr is not None:
             prefetch_row(q_norm_ptr, D)
             prefetch_row(k_norm_ptr, D)
@@ -239,16 +152,21 @@ def _decode_attention_kernel(
     lane = tl.arange(0, 32)[:, None, None, None]
     warp = tl.arange(0, WARPS)[None, :, None, None]
     d = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E) + lane % 4 * E + warp * 0  # as keys are loaded
-    d_v = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E) + lane // 4 * E + warp * 0  # as values are
+    d_v = tl.arange(0, BLOCK_D // (8 * E_V))[None, None, None, :] * (8 * E_V) + lane // 4 * E_V + warp * 0  # as values
     d_rope = d
     if PAIR_IN_THREAD:  # the other half has the same angles
         d_rope = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (4 * E) + lane % 4 * E + warp * 0
     head = lane // 4 + 8 * tl.arange(0, BLOCK_G // 8)[None, None, :, None]
     q_row = batch * stride_qb + (kv_head * G + head) * stride_qh
     new_row = batch * stride_kb + kv_head * stride_kh + lane * 0
-    q = tl.zeros([WARPS, BLOCK_D, BLOCK_G], CACHED)
-    top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)  # running maximum of the scores, in units of log2
-    total = tl.zeros([WARPS, BLOCK_G], tl.float32)  # running sum of exp2(score - top)
+    q_scale = scale_log2
+    if IS_8_BIT:
+        q = tl.zeros([WARPS, 2 * BLOCK_G, BLOCK_D], tl.float16 if FP8 else tl.int8)
+        q_scale = tl.zeros([WARPS, BLOCK_G], tl.float32)
+    else:
+        q = tl.zeros([WARPS, max(16 if E == 8 else 8, BLOCK_G), BLOCK_D], CACHED)
+    top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([WARPS, BLOCK_G], tl.float32)
     acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
 
     read_early = -1
@@ -256,12 +174,19 @@ def _decode_attention_kernel(
         # What the first tile needs, all asked for before any of it is used.
         start = first_tile(length, split, Lmax, STEP)
         begin = window_begin(length, Lmax, WINDOW)
-        last = tl.maximum(tl.minimum(length, Lmax) - 1, 0)
-        k = _load_keys(k_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
-        v = _load_values(v_cache_ptr, start, last, stride_cn, D, BLOCK_D, WARPS, TILES, E)
+        there = tl.maximum(start, 0)  # a block without a tile loads another's, for nothing
+        last = tl.maximum(tl.minimum(length, Lmax) - 1, 0) - there
+        row = tl.cast(there, tl.int64)
+        scale_ptr = None
+        if IS_8_BIT:
+            scale_ptr = kv_scale_ptr + row * 2
+        k, even, odd, scales = load_tile(
+            k_cache_ptr + row * STRIDE, v_cache_ptr + row * STRIDE, scale_ptr, last,
+            STRIDE, D, BLOCK_D, WARPS, TILES, E, E_V, False,
+        )  # fmt: skip
         q_new, q_pair = load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
-        k_new, k_pair = load_pairs(k_ptr + new_row, d, d < D, ROPE_HALF, PAIR_IN_THREAD, E)
-        v_new = load_vectors(v_ptr + new_row + d_v, d_v < D, E)
+        k_new, k_pair = load_pairs(k_ptr + new_row, d, (d < D) & (split == 0), ROPE_HALF, PAIR_IN_THREAD, E)
+        v_new = load_vectors(v_ptr + new_row + d_v, (d_v < D) & (split == 0), E_V)
         cos = 1.0
         sin = 0.0
         if ROPE_HALF > 0:
@@ -273,57 +198,75 @@ def _decode_attention_kernel(
             length = tl.maximum(tl.load(lengths_ptr + batch, cache_modifier=".cg"), 0)
         if q_norm_ptr is not None:
             q_new, q_pair = norm_pairs(q_new, q_pair, q_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
-        q_new = rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
-        q = _queries_operand(q_new, BLOCK_D, WARPS, BLOCK_G, E)
-        top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 0.0)
+        q_new = rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
+        if IS_8_BIT:
+            q, q_scale = split_queries(q_new, FP8)
+            q_scale *= scale_log2
+        else:
+            q = queries_operand(q_new.to(CACHED), Lmax >> 31, USE_ASM)
+        # over 8 bits as of a small value
+        top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 90.0 if IS_8_BIT else 0.0)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
         if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
+            k_rotated = k_new, k_pair
             if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs
-                k_new, k_pair = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
-            k_new = rotate(k_new, k_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E).to(CACHED)
-            v_new = v_new.to(CACHED)
+                k_rotated = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+            k_rotated = rotate(k_rotated[0], k_rotated[1], d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
+            if IS_8_BIT:
+                k_token, v_token, scales_token = quantize_token(k_rotated, v_new, FP8, HAS_E4M3)
+            else:
+                k_token, v_token = k_rotated.to(CACHED), v_new.to(CACHED)
             if read_early == length:
-                cache_row = tl.cast(length, tl.int64) * stride_cn
-                at_k = k_cache_ptr + (cache_row + d)[:, :, :, :, None] + tl.arange(0, E)
-                tl.store(at_k, k_new, mask=((lane < 4) & (warp == 0) & (d < D))[:, :, :, :, None])
-                at_v = v_cache_ptr + (cache_row + d_v)[:, :, :, :, None] + tl.arange(0, E)
-                tl.store(at_v, v_new, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
-            # Later tokens of the tile do not count, but their v must be a number: the new token's.
-            k_row = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8 + lane // 4
-            k = insert(k, k_new, (k_row >= read_early - start)[:, :, :, :, None], USE_ASM)
-            part = tl.arange(0, 4 * TILES)[None, None, :, None]
-            v_row = warp * (16 * TILES) + part // 2 * 8 + part % 2 + lane % 4 * 2
-            v = insert(v, v_new, (v_row >= read_early - start)[:, :, :, :, None], USE_ASM)
-            top, total, acc = _attend(
-                q, k, v, top, total, acc, begin - start, read_early + 1 - start, scale_log2,
-                SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
+                cache_row = tl.cast(length, tl.int64)
+                at_k = k_cache_ptr + (cache_row * STRIDE + d)[:, :, :, :, None] + tl.arange(0, E)
+                tl.store(at_k, k_token, mask=((lane < 4) & (warp == 0) & (d < D))[:, :, :, :, None])
+                at_v = v_cache_ptr + (cache_row * STRIDE + d_v)[:, :, :, :, None] + tl.arange(0, E_V)
+                tl.store(at_v, v_token, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
+                if IS_8_BIT:
+                    at_scale = kv_scale_ptr + cache_row * 2 + tl.arange(0, 2) + (lane + warp) * 0
+                    tl.store(at_scale, scales_token, mask=(lane == 0) & (warp == 0))
+            # Later tokens of the tile do not count, but what is multiplied by 0 must be a number: the new token's.
+            eighth = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8
+            token, new = eighth + lane % 4 * 2, read_early - start
+            k = insert(k, k_token, (eighth + lane // 4 >= new)[:, :, :, :, None], USE_ASM)
+            even = insert(even, v_token, (token >= new)[:, :, :, :, None], USE_ASM)
+            odd = insert(odd, v_token, (token + 1 >= new)[:, :, :, :, None], USE_ASM)
+            if IS_8_BIT:
+                is_new = (token + tl.arange(0, 2) >= new)[:, :, :, :, None]
+                scales = tl.where(is_new, scales_token[:, :, :, None, :], scales)
+            top, total, acc = attend(
+                q, q_scale, k, even, odd, scales, top, total, None, begin - start, read_early + 1 - start,
+                SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
         elif start >= 0:
-            top, total, acc = _attend(
-                q, k, v, top, total, acc, begin - start, Lmax - start, scale_log2,
-                SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E,
+            top, total, acc = attend(
+                q, q_scale, k, even, odd, scales, top, total, None, begin - start, Lmax - start,
+                SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
 
     begin = window_begin(length, Lmax, WINDOW)
-    splits = tl.minimum(tl.cdiv(tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
+    splits = num_blocks(length, Lmax, begin, STEP, NUM_SPLITS)
     if split >= splits:
         return
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
     while start >= begin // STEP * STEP:  # from the last tile to the first; all of their tokens exist
-        k = _load_keys(k_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
-        v = _load_values(v_cache_ptr, start, start + STEP, stride_cn, D, BLOCK_D, WARPS, TILES, E)
-        top, total, acc = _attend(
-            q, k, v, top, total, acc, begin - start, STEP, scale_log2, SOFTCAP, WINDOW, BLOCK_D, WARPS, TILES, E
-        )
+        row = tl.cast(start, tl.int64)
+        scale_ptr = None
+        if IS_8_BIT:
+            scale_ptr = kv_scale_ptr + row * 2
+        k, even, odd, scales = load_tile(
+            k_cache_ptr + row * STRIDE, v_cache_ptr + row * STRIDE, scale_ptr, STEP,
+            STRIDE, D, BLOCK_D, WARPS, TILES, E, E_V, True,
+        )  # fmt: skip
+        top, total, acc = attend(
+            q, q_scale, k, even, odd, scales, top, total, acc, begin - start, STEP,
+            SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
+        )  # fmt: skip
         start -= splits * STEP
 
-    block_top = tl.max(top, 0)
-    weight = tl.exp2(top - block_top[None, :])
-    block_total = tl.sum(total * weight, 0)
-    acc = add_warps(acc * weight[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
     finish(
-        acc, block_top, block_total, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits,
-        G, D, NUM_SPLITS, BLOCK_G, BLOCK_D, E,
+        top, total, acc, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits,
+        G, D, NUM_SPLITS, E_V, USE_ASM, MERGE_IN_SHARED,
     )  # fmt: skip
 
 
@@ -338,43 +281,51 @@ class DecodeAttentionConfig:
 def pick_config(
     kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
 ) -> DecodeAttentionConfig:
-    """About one block an SM at batch 1. The batch must not be asked: a row has the same bits in every batch. max_length
-    is the cache's, or the window if that is less.
+    """One or two blocks an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
+    max_length is the cache's, or the window if that is less.
 
-    For 16 bits swept on an H100, 2026-11-24 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it
-    again): 32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batch 1 to 8; for 8 bits on an H200,
-    2026-11-28, 512 to 32,768 tokens, batch 1 and 8. Other chips, head sizes and numbers of heads take after it.
+    Swept on an H200, 2026-11-29 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again): 32 query
+    and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, and 9 and 3 of size 64, 512 to 8,192; batch 1 and 8, caches
+    of 16 and 8 bits. Other chips, head sizes and numbers of heads take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
+    num_warps, tiles = 4, 2  # large tiles: few partial results, and all bytes in flight at once
     if itemsize == 4 or block_d > 128:
-        num_warps, tiles = 4, 1
-    elif max_length <= 128:  # one block, no partial results
-        num_warps, tiles = 4, 2
-    elif max_length <= (1024 if block_d <= 64 else 512):  # many small blocks: one tile each, of as many bytes
-        num_warps, tiles = 2, 2 if itemsize == 1 else 1
-        splits = max(1, splits // 2) if itemsize == 1 else splits
-    elif max_length <= 4096:  # large tiles: few partial results, and all bytes in flight at once
-        num_warps, tiles = 4, 2
-    elif itemsize == 1:
-        num_warps, tiles = 4, 2
-        splits *= 2 if max_length > 16384 else 1
-    else:
-        num_warps, tiles = 8, 1
-        splits *= 2 if block_d <= 64 else 1
-    if itemsize == 1 and (group > 8 or not device.is_nvidia):  # two rows a query head: these fill registers
-        num_warps, tiles = min(num_warps, 4), 1
-    if group > 16:  # the warps' outputs fill registers, and meet in shared memory
         tiles = 1
-        while num_warps > 1 and num_warps * block_d * triton.next_power_of_2(group) * 4 > device.shared_memory_bytes:
-            num_warps //= 2
+    elif itemsize == 1:
+        tiles = 4 if block_d <= 64 and max_length > 512 else 2
+        splits *= 2 if max_length > 16384 else 1
+    elif max_length > 4096:
+        splits *= 2
+        if block_d > 64:
+            tiles = 2 if max_length <= 16384 else 1
+        else:
+            tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
+    if not device.is_nvidia or group > 8:  # more rows of queries fill registers
+        tiles = min(tiles, 1 if itemsize == 1 else 2)
+    if group > 16:
+        tiles = 1
+    block_g = max(8, triton.next_power_of_2(group))
+    e = min(16 // itemsize, block_d // 8)
+    while num_warps > 1 and exchange_words(num_warps, block_g, block_d, e) > EXCHANGE_WORDS.value:
+        num_warps //= 2
     splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), 64)
     return DecodeAttentionConfig(splits, num_warps, tiles)
 
 
 @cache
+def _partial_floats(num_splits: int, group: int, head_dim: int) -> int:
+    """What the blocks of one sequence and KV head leave for the last of them: see finish."""
+    outputs, weights = num_splits * triton.next_power_of_2(head_dim), triton.next_power_of_2(num_splits)
+    return triton.next_power_of_2(group) * (outputs + weights)
+
+
+@cache
 def _launcher(
     config: DecodeAttentionConfig,
+    stride: int,
+    aligned: bool,
     rope_half: int,
     group: int,
     head_dim: int,
@@ -385,6 +336,7 @@ def _launcher(
     facts: DeviceFacts,
 ) -> Launcher:
     meta = {
+        "STRIDE": stride,
         "ROPE_HALF": rope_half,
         "G": group,
         "D": head_dim,
@@ -396,15 +348,16 @@ def _launcher(
         "TILES": config.tiles,
         "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
         "BLOCK_D": triton.next_power_of_2(head_dim),
+        "E": 16 // cached.itemsize,
+        # Of rows that begin elsewhere, and of float32, Triton brings the tiles into order through much shared memory.
+        "MERGE_IN_SHARED": aligned and cached.itemsize <= 2,
+        "FP8": cached == torch.float8_e4m3fn,
+        "HAS_E4M3": facts.is_nvidia and facts.capability >= (8, 9),
         "USE_ASM": facts.is_nvidia and cached.itemsize <= 2,
         "num_warps": config.num_warps,
         **pdl_options(facts),
     }
-    if cached.itemsize == 1:
-        meta["FP8"] = cached == torch.float8_e4m3fn
-        meta["HAS_E4M3"] = facts.is_nvidia and facts.capability >= (8, 9)
-        return Launcher(_decode_attention_8bit_kernel, **meta)
-    return Launcher(_decode_attention_kernel, E=16 // cached.itemsize, **meta)
+    return Launcher(_decode_attention_kernel, **meta)
 
 
 def decode_attention(
@@ -450,21 +403,28 @@ def decode_attention(
     cached = k_cache.dtype
     config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
-    partial = scratch(q, batch * heads * config.num_splits * (D + 1))
+    partial = scratch(q, batch * kv_heads * _partial_floats(config.num_splits, heads // kv_heads, D))
     arrivals = counters(q.device, batch * kv_heads)
-    new, caches, strides = (q, k, v), (k_cache, v_cache), (*q_strides[:2], *k_strides[:2])
-    if cached.itemsize == 1:
-        assert Lmax == 1 or cache_strides[2] == D
-        if cached != torch.int8:  # Triton knows e4m3 only where the GPU does
-            caches = k_cache.view(torch.int8), v_cache.view(torch.int8)
-        caches = *caches, kv_scale
-        strides = *strides, *cache_strides[:2], *kv_scale.stride()[:2]
-    else:
-        strides = *strides, *cache_strides[:3]
+    if cached == torch.float8_e4m3fn:  # Triton knows e4m3 only where the GPU does
+        k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)
+    scale_strides = (0, 0) if kv_scale is None else kv_scale.stride()[:2]
+    stride = cache_strides[2] if Lmax > 1 else D
     eps = 0.0 if q_norm is None else norm_eps
-    _launcher(config, rope_half, heads // kv_heads, D, cached, window, softcap, eps, facts)(
+    low_bits = stride * cached.itemsize
+    for t in (q, k, v, k_cache, v_cache):
+        low_bits |= t.data_ptr()
+    for n in (*q_strides[:2], *k_strides[:2], *cache_strides[:2]):
+        low_bits |= n
+    aligned = low_bits % 16 == 0
+    _launcher(config, stride, aligned, rope_half, heads // kv_heads, D, cached, window, softcap, eps, facts)(
         (config.num_splits, kv_heads, batch),
-        (*new, *caches, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks, partial, arrivals, out, lse),
-        (*strides, Lmax, (D**-0.5 if scale is None else scale) * LOG2_E),
-    )
+        (
+            q, k, v, k_cache, v_cache, kv_scale, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks,
+            partial, arrivals, out, lse,
+        ),
+        (
+            *q_strides[:2], *k_strides[:2], *cache_strides[:2], *scale_strides, Lmax,
+            (D**-0.5 if scale is None else scale) * LOG2_E,
+        ),
+    )  # fmt: skip
     return out

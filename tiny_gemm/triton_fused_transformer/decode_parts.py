@@ -1,4 +1,4 @@
-"""What the kernels of decode attention share: RoPE, where the tiles of a sequence lie, and the sums at the end.
+"""Parts of the decode attention kernel: RoPE, where the tiles of a sequence lie, and the sums at the end.
 
 Tensors in registers are of shape [32, WARPS, registers ..., E]: the first dimension is the lane, the second the warp,
 and a thread holds E neighbouring columns.
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
-from tiny_gemm.triton_gemm import prefetch_l2
+from tiny_gemm.triton_gemm import add_warps, prefetch_l2
 
 
 def decode_attention_cost(grid, kernel, args) -> dict:
@@ -30,15 +30,6 @@ def decode_attention_cost(grid, kernel, args) -> dict:
     flops = "flops32" if q.element_size() == 4 else "flops16"
     small = (args.get(f"{name}_ptr") for name in ("v", "lengths", "out", "sinks", "lse", "q_norm", "k_norm"))
     return {"bytes": tensor_bytes(q, k, *small) + rope + row * attended, flops: 4 * q.shape[1] * attended * D}
-
-
-@triton.jit
-def load_columns(ptrs, d, is_there, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What is at ptrs [.., E], where columns d [..] and on are at least D zero."""
-    if D == BLOCK_D:
-        return tl.load(ptrs, mask=is_there)
-    else:
-        return tl.load(ptrs, mask=((d < D) & is_there)[:, :, :, :, None], other=0.0)
 
 
 @triton.jit
@@ -240,11 +231,144 @@ def window_begin(length, Lmax, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def finish(
-    acc,  # [BLOCK_D, BLOCK_G], the block's output
-    top,  # [BLOCK_G]; the sum of its softmax is total * 2 ** top
+def num_blocks(length, Lmax, begin, STEP: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """How many blocks of a sequence and KV head have a tile, of those whose tokens count from `begin` on."""
+    return tl.minimum(tl.cdiv(tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
+
+
+@triton.jit
+def fast_log2(x, USE_ASM: tl.constexpr):
+    """Nearly. (tl.log2 is a polynomial of some twenty instructions.)"""
+    if USE_ASM:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+# At the end every thread has R neighbouring columns of one head, [R, GROUP * LANES]: the default layout of that shape
+# gives the last dimension to the threads.
+
+
+@triton.constexpr_function
+def _lanes(threads: int, group: int, block_d: int) -> int:
+    """How many threads share a head."""
+    return min(max(threads // group, 1), block_d)
+
+
+@triton.constexpr_function
+def _exchange_row(block_d: int, e: int) -> int:
+    """Words of shared memory for a head's columns: with a gap behind each 32, and one at the end, no two lanes write to
+    the same bank, nor do those of one head read from it."""
+    words = block_d + block_d // 32
+    return words + (e // 8 - words) % 16
+
+
+@triton.constexpr_function
+def exchange_words(warps: int, block_g: int, block_d: int, e: int) -> int:
+    """Words of shared memory through which the warps of a block merge what they have."""
+    return warps * block_g * (_exchange_row(block_d, e) + 2)
+
+
+# At most: a kernel may take 48 KiB that it does not ask the driver for, and Triton takes up to 4 of them, where it does
+# not have to bring what it loads into another order.
+EXCHANGE_WORDS = tl.constexpr(11 * 1024)
+
+
+@triton.constexpr_function
+def _buffer_asm(words: int) -> str:
+    return f"{{ .shared .align 16 .b32 exchange[{words}]; mov.u32 $0, exchange; }}"
+
+
+@triton.jit
+def _store_shared(address, x):
+    """x, fp32, to shared memory."""
+    tl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _load_shared(address):
+    """fp32 from shared memory. Pure as far as Triton knows: `address` depends on the barrier before."""
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _merge_warps(
+    top,  # [WARPS, BLOCK_G]
     total,
-    partial_ptr,  # [B, Hkv, NUM_SPLITS, G, D] fp32 outputs, then [B, Hkv, NUM_SPLITS, G] fp32 weights
+    acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    E: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    IN_SHARED: tl.constexpr,
+):
+    """The block's output, fp32 [R, GROUP * LANES], and log2 of the sum of its softmax, [GROUP * LANES]; with one
+    exchange through shared memory of its own, or (IN_SHARED false) through Triton's, with many.
+
+    Factors are squares of what exp2 gives: over 8 bits a total that counts may have to shrink by more than the
+    smallest float32.
+    """
+    WARPS: tl.constexpr = acc.shape[0]
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    BLOCK_G: tl.constexpr = acc.shape[2]
+    R: tl.constexpr = BLOCK_D // LANES
+    ROW: tl.constexpr = _exchange_row(BLOCK_D, E)
+    WORDS: tl.constexpr = exchange_words(WARPS, BLOCK_G, BLOCK_D, E)
+    if USE_ASM and IN_SHARED and WORDS <= EXCHANGE_WORDS:
+        base = tl.inline_asm_elementwise(_buffer_asm(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+        warp = tl.arange(0, WARPS)[:, None]
+        head = tl.arange(0, BLOCK_G)[None, :]
+        # Column 8 E c + E r + j, with a gap behind each 32, which the loads of values call 8 E c + 8 j + r.
+        col = tl.arange(0, BLOCK_D)[None, :, None]
+        r = col % 8 * E
+        col = col // (8 * E) * (8 * E + E // 4) + (r + r // 32) + col % (8 * E) // 8
+        _store_shared(base + ((warp * BLOCK_G + head)[:, None, :] * ROW + col) * 4, acc)
+        stats = base + (WARPS * BLOCK_G * ROW + (warp * BLOCK_G + head) * 2) * 4
+        _store_shared(stats, top)
+        _store_shared(stats + 4, total)
+        base = tl.inline_asm_elementwise(
+            "bar.sync 0; mov.u32 $0, $1;", "=r,r", [base], dtype=tl.int32, is_pure=False, pack=1
+        )
+        offs_n = tl.arange(0, GROUP * LANES)[None, :]
+        head, col = offs_n // LANES, offs_n % LANES * R + tl.arange(0, R)[:, None]
+        stats = base + (WARPS * BLOCK_G * ROW + head * 2) * 4  # [1, GROUP * LANES]
+        block_top = _load_shared(stats)
+        for w in tl.static_range(1, WARPS):
+            block_top = tl.maximum(block_top, _load_shared(stats + w * (BLOCK_G * 8)))
+        block_total = tl.zeros([1, GROUP * LANES], tl.float32)
+        out = tl.zeros([R, GROUP * LANES], tl.float32)
+        for w in tl.static_range(WARPS):
+            half = tl.exp2((_load_shared(stats + w * (BLOCK_G * 8)) - block_top) * 0.5)
+            block_total += _load_shared(stats + (w * (BLOCK_G * 8) + 4)) * half * half
+            out += _load_shared(base + ((w * BLOCK_G + head) * ROW + col + col // 32) * 4) * (half * half)
+        weight = (block_top + fast_log2(block_total, USE_ASM)).reshape(GROUP * LANES)
+        return out * (1.0 / block_total), weight
+    else:
+        block_top = tl.max(top, 0)
+        half = tl.exp2((top - block_top[None, :]) * 0.5)
+        block_total = tl.sum(total * half * half, 0)
+        acc = add_warps(acc * (half * half)[:, None, :], WARPS) * (1.0 / block_total)[None, :]  # [BLOCK_D, BLOCK_G]
+        acc = acc.reshape(BLOCK_D // (8 * E), E, 8, BLOCK_G).permute(3, 0, 2, 1)  # stored columns, as above
+        out = _first(acc.reshape(BLOCK_G // GROUP, GROUP, BLOCK_D)).reshape(GROUP * LANES, R).permute(1, 0)
+        weight = _first((block_top + tl.log2(block_total)).reshape(BLOCK_G // GROUP, GROUP))
+        return out, weight[:, None].broadcast_to(GROUP, LANES).reshape(GROUP * LANES)
+
+
+@triton.jit
+def _first(x):
+    """x[0]"""
+    index = tl.arange(0, x.shape[0])[:, None] if len(x.shape) == 2 else tl.arange(0, x.shape[0])[:, None, None]
+    return tl.sum(tl.where(index == 0, x, 0.0), 0)
+
+
+@triton.jit
+def finish(
+    top,  # [WARPS, BLOCK_G]
+    total,  # the sum of a warp's softmax is total * 2 ** top
+    acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    partial_ptr,  # [B, Hkv, NUM_SPLITS, GROUP, BLOCK_D] fp32, then [B, Hkv, GROUP, ALL] fp32 log2 of their weights
     counter_ptr,  # [B, Hkv]
     out_ptr,
     lse_ptr,
@@ -255,87 +379,99 @@ def finish(
     G: tl.constexpr,
     D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    BLOCK_G: tl.constexpr,
-    BLOCK_D: tl.constexpr,
     E: tl.constexpr,  # of the values
+    USE_ASM: tl.constexpr,
+    IN_SHARED: tl.constexpr,  # the warps may meet in shared memory that Triton does not plan with
 ):
     """Stores the output of the only block of a sequence and KV head, or a partial one; the last block adds them up."""
-    col = tl.arange(0, BLOCK_D)[:, None]
-    col = col // (8 * E) * (8 * E) + col % 8 * E + col % (8 * E) // 8  # what the loads of values called `col`
-    offs_g = tl.arange(0, BLOCK_G)
-    offs_gd = offs_g[None, :] * D + col
-    mask_gd = (offs_g < G)[None, :] & (col < D)
+    GROUP: tl.constexpr = triton.next_power_of_2(G)
+    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    LANES: tl.constexpr = _lanes(32 * acc.shape[0], GROUP, BLOCK_D)
+    R: tl.constexpr = BLOCK_D // LANES
+    offs_n = tl.arange(0, GROUP * LANES)
+    head, offs_r = offs_n // LANES, tl.arange(0, R)
+    is_first = (offs_n % LANES == 0) & (head < G)
     group = batch * tl.num_programs(1) + kv_head
-    out_ptr += group * G * D
-    weight = top + tl.log2(total)
+    out_ptr += group * (G * D)
+    out, weight = _merge_warps(top, total, acc, GROUP, LANES, E, USE_ASM, IN_SHARED)
     if splits == 1:
-        tl.store(out_ptr + offs_gd, acc.to(out_ptr.dtype.element_ty), mask=mask_gd)
+        _store_output(out_ptr, out, head, G, D)
         if lse_ptr is not None:
-            tl.store(lse_ptr + group * G + offs_g, weight * 0.6931471805599453, mask=offs_g < G)
+            tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
         return
 
-    weights_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * NUM_SPLITS * G * D
-    weights_ptr += group * NUM_SPLITS * G
-    partial_ptr += group * NUM_SPLITS * G * D
-    tl.store(partial_ptr + split * G * D + offs_gd, acc, mask=mask_gd)
-    tl.store(weights_ptr + split * G + offs_g, weight, mask=offs_g < G)
+    weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * (NUM_SPLITS * GROUP * BLOCK_D)
+    weight_ptr += group * (GROUP * ALL)
+    partial_ptr += group * (NUM_SPLITS * GROUP * BLOCK_D)
+    offs = (split * (GROUP * LANES) + offs_n)[None, :] * R + offs_r[:, None]
+    tl.store(partial_ptr + offs, out)
+    tl.store(weight_ptr + head * ALL + split, weight, mask=is_first)
 
     # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
     # them, and it reads past L1, which may hold lines from before.
     tl.debug_barrier()
     arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
     if arrived == splits - 1:
-        reduce_partials(partial_ptr, weights_ptr, out_ptr, lse_ptr, group, splits, G, D, NUM_SPLITS, BLOCK_D)
+        out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, R, ALL)
+        _store_output(out_ptr, out, head, G, D)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
         tl.store(counter_ptr + group, 0)
 
 
 @triton.jit
-def reduce_partials(
-    partial_ptr,  # [NUM_SPLITS, G, D] fp32
-    weight_ptr,  # [NUM_SPLITS, G] fp32
-    out_ptr,  # [G, D]
-    lse_ptr,
-    group,
-    splits,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """out = sum over splits of partial * 2 ** weight, over sum of 2 ** weight; the sums always run in one order."""
-    GROUP: tl.constexpr = triton.next_power_of_2(G)
-    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
-    AT_ONCE: tl.constexpr = max(1, min(ALL, 8192 // (GROUP * BLOCK_D)))  # partials in flight
-    offs_g = tl.arange(0, GROUP)[:, None]
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_gd = offs_g * D + offs_d[None, :]
-    mask_gd = (offs_g < G) & (offs_d < D)[None, :]
+def _store_output(ptr, out, head, G: tl.constexpr, D: tl.constexpr):
+    """out [R, GROUP * LANES] to [G, D]."""
+    R: tl.constexpr = out.shape[0]
+    LANES: tl.constexpr = out.shape[1] // triton.next_power_of_2(G)
+    col = (tl.arange(0, out.shape[1]) % LANES * R)[None, :] + tl.arange(0, R)[:, None]
+    tl.store(ptr + head[None, :] * D + col, out.to(ptr.dtype.element_ty), mask=(head < G)[None, :] & (col < D))
 
-    top = tl.full([GROUP], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP], tl.float32)
-    acc = tl.zeros([GROUP, BLOCK_D], tl.float32)
+
+@triton.jit
+def _add_partials(
+    partial_ptr,  # [NUM_SPLITS, GROUP * LANES, R] fp32
+    weight_ptr,  # [GROUP, ALL] fp32
+    splits,
+    GROUP: tl.constexpr,
+    LANES: tl.constexpr,
+    R: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """sum over splits of partial * 2 ** weight, over sum of 2 ** weight, [R, GROUP * LANES], and log2 of the latter.
+
+    Every thread adds up its own columns and none waits for another. The sums always run in one order.
+    """
+    AT_ONCE: tl.constexpr = max(1, min(ALL, 64 // R))  # partials in flight
+    V: tl.constexpr = min(4, R)
+    W: tl.constexpr = min(4, AT_ONCE)
+    N: tl.constexpr = GROUP * LANES
+    offs_n = tl.arange(0, N)
+    offs_r = tl.arange(0, R // V)[:, None] * V + tl.arange(0, V)[None, :]
+    top = tl.full([N], float("-inf"), tl.float32)
+    total = tl.zeros([N], tl.float32)
+    acc = tl.zeros([N, R // V, V], tl.float32)
     for start in tl.range(0, splits, AT_ONCE, num_stages=1):
-        split = start + tl.arange(0, AT_ONCE)[None, :]
-        partial = tl.load(
-            partial_ptr + split[:, :, None] * (G * D) + offs_gd[:, None, :],
-            mask=(split < splits)[:, :, None] & mask_gd[:, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [GROUP, AT_ONCE, BLOCK_D]
+        split = start + tl.arange(0, AT_ONCE // W)[:, None] * W + tl.arange(0, W)[None, :]
         weight = tl.load(
-            weight_ptr + split * G + offs_g,
-            mask=(split < splits) & (offs_g < G),
+            weight_ptr + (offs_n // LANES * ALL)[:, None, None] + split[None],
+            mask=split[None] < splits,
             other=float("-inf"),
             cache_modifier=".cg",
-        )  # [GROUP, AT_ONCE]
+        ).reshape(N, AT_ONCE)
+        split = start + tl.arange(0, AT_ONCE)
+        partial = tl.load(
+            partial_ptr + ((split[None, :] * N + offs_n[:, None]) * R)[:, :, None, None] + offs_r[None, None],
+            mask=(split < splits)[None, :, None, None],
+            other=0.0,
+            cache_modifier=".cg",
+        )  # [N, AT_ONCE, R / V, V]
         new_top = tl.maximum(top, tl.max(weight, 1))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # of rows past G
-        factor = tl.exp2(weight - base[:, None])
-        rescale = tl.exp2(top - base)
+        factor = tl.exp2(weight - new_top[:, None])
+        rescale = tl.exp2(top - new_top)
         total = total * rescale + tl.sum(factor, 1)
-        acc = acc * rescale[:, None] + tl.sum(partial * factor[:, :, None], 1)
+        acc = acc * rescale[:, None, None] + tl.sum(partial * factor[:, :, None, None], 1)
         top = new_top
-    tl.store(out_ptr + offs_gd, (acc * (1.0 / total)[:, None]).to(out_ptr.dtype.element_ty), mask=mask_gd)
-    if lse_ptr is not None:
-        offs = tl.arange(0, GROUP)
-        tl.store(lse_ptr + group * G + offs, (top + tl.log2(total)) * 0.6931471805599453, mask=offs < G)
+    out = (acc * (1.0 / total)[:, None, None]).reshape(N, R).permute(1, 0)
+    return out, top + tl.log2(total)

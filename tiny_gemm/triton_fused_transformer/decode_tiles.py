@@ -1,0 +1,460 @@
+"""A tile of the KV cache between memory and the tensor core: how it is loaded, and what the softmax does with it.
+
+The caches are of 16 or 32 bits as they are, or of 8 bits with a scale for each token, of its key and of its value:
+
+    k_cache, v_cache int8 or e4m3 [B, Hkv, Lmax, D], kv_scale fp32 [B, Hkv, Lmax, 2]
+    a cached key is kv_scale[..., 0] * k_cache, a value kv_scale[..., 1] * v_cache; the largest element is 127 or 448
+
+Tensors in registers are of shape [32, WARPS, registers ..., E], as in decode_parts.py. The queries are the tensor
+core's first operand, of 16 rows, and the keys its second: a thread holds the keys in neighbouring registers as it loads
+them, and the scores come out where the second product wants the probabilities.
+
+Over 8 bits the 8 rows that a group of up to 8 heads leaves free are used too: what a query's first row, of 8 or 11
+bits, leaves of it is in the second. A query is divided by its largest element, so that nothing overflows.
+
+- int8: both rows are int8 and the product is of integers. It is exact, and the keys are not converted at all.
+- e4m3: both rows are fp16, and the keys are converted to it, two by one instruction.
+
+The values are converted to fp16. A probability times its value's scale may be of any size: the softmax is computed
+relative to the largest such product that the warp has met, not to the largest probability. So none exceeds 1, and what
+fp16 rounds to zero is less than 2^-24 of the largest. (With values above 1e32 or so exp2 flushes more of them to zero.)
+"""
+
+import triton
+import triton.language as tl
+
+from tiny_gemm.triton_fused_transformer.decode_parts import fast_log2, soft_cap
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loads
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def load_tile(
+    k_ptr,  # of token `start` of one sequence and KV head
+    v_ptr,
+    scale_ptr,  # None: no scales
+    last,  # of the tokens from there
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+    E_V: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """(keys, values of even tokens, of odd ones, scales) of tokens 0 .. 16 * TILES * WARPS, asked for at once; unless
+    ALL, those of `last` in the place of later ones."""
+    if not ALL or E == 4:  # in the order of use
+        k = _load_keys(k_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E, ALL)
+    even, odd = _load_values(v_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E_V, ALL)
+    scales = even
+    if scale_ptr is not None:
+        scales = _load_scales(scale_ptr, last, WARPS, TILES, ALL)
+    if ALL and E > 4:
+        # In a loop ptxas would ask for the values when the keys have arrived. It keeps the order of volatile loads, and
+        # the keys, which are needed first, are the last of them.
+        k = _load_keys(k_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E, ALL)
+    return k, even, odd, scales
+
+
+@triton.jit
+def _load_keys(
+    ptr,
+    last,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """[32, WARPS, 2 * TILES, BLOCK_D / 4 E, E].
+
+    Lane 4 r + t loads of each eight tokens token r, columns 4 E c + E t and E - 1 more for each c. What it needs for
+    the product are columns 4 P s + 2 P h + P t + e, where P elements, 2 of 16 or 4 of 8 bits, fill a register; so
+    stored column 4 E c + E t + 2 P s + P h + e is called 4 E c + 4 P s + 2 P h + P t + e, of k and of q alike, and
+    nothing moves between threads.
+    """
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    eighth = tl.arange(0, 2 * TILES)[None, None, :, None]
+    chunk = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :]
+    token = warp * (16 * TILES) + lane // 4
+    return _load_rows(ptr, token, eighth * 8, lane % 4 * E, chunk * (4 * E), last, STRIDE, D, BLOCK_D, E, ALL)
+
+
+@triton.jit
+def _load_values(
+    ptr,
+    last,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    WARPS: tl.constexpr,
+    TILES: tl.constexpr,
+    E: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    """The tokens that _load_keys loads, the even ones and the odd ones: twice [32, WARPS, 2 * TILES, BLOCK_D / 8 E, E].
+
+    Lane 4 r + t loads of each eight tokens 2 t and 2 t + 1, the columns 8 E c + E r and E - 1 more for each c; stored
+    column 8 E c + E r + j is called 8 E c + 8 j + r.
+    """
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    eighth = tl.arange(0, 2 * TILES)[None, None, :, None] * 8
+    chunk = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E)
+    token = warp * (16 * TILES) + lane % 4 * 2
+    even = _load_rows(ptr, token, eighth, lane // 4 * E, chunk, last, STRIDE, D, BLOCK_D, E, ALL)
+    odd = _load_rows(ptr, token, eighth + 1, lane // 4 * E, chunk, last, STRIDE, D, BLOCK_D, E, ALL)
+    return even, odd
+
+
+@triton.jit
+def _load_rows(
+    ptr,
+    token,  # of lane and warp; those of a thread lie token_more behind it
+    token_more,
+    d,  # columns, likewise
+    d_more,
+    last,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    E: tl.constexpr,
+    ALL: tl.constexpr,
+):
+    if STRIDE > 2**22:  # a pool of all layers and sequences, token by token
+        token, token_more = token.to(tl.int64), token_more.to(tl.int64)
+    if ALL:  # what differs between the loads of a thread is a constant in the instruction
+        ptrs = (ptr + (token * STRIDE + d))[:, :, :, :, None] + (token_more * STRIDE + d_more)[:, :, :, :, None]
+    else:
+        ptrs = (ptr + (tl.minimum(token + token_more, last) * STRIDE + d + d_more))[:, :, :, :, None]
+    ptrs += tl.arange(0, E)
+    if D == BLOCK_D:
+        return tl.load(ptrs, volatile=ALL and E > 4)
+    else:
+        return tl.load(ptrs, mask=(d + d_more < D)[:, :, :, :, None], other=0.0, volatile=ALL and E > 4)
+
+
+@triton.jit
+def _load_scales(ptr, last, WARPS: tl.constexpr, TILES: tl.constexpr, ALL: tl.constexpr):
+    """Scales of the same tokens, [32, WARPS, 2 * TILES, 2, 2]: lane 4 r + t has of each eight tokens 2 t and 2 t + 1
+    that of the key and that of the value."""
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None]
+    token = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8 + lane % 4 * 2
+    if ALL:
+        scales = tl.load(ptr + token * 2 + tl.arange(0, 4), volatile=True)
+        return scales.reshape(32, WARPS, 2 * TILES, 2, 2)
+    else:
+        token = tl.minimum(token + tl.arange(0, 2), last)
+        return tl.load(ptr + (token * 2)[:, :, :, :, None] + tl.arange(0, 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Operands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def queries_operand(q, zero, USE_ASM: tl.constexpr):
+    """q [32, WARPS, BLOCK_G / 8, C, E], loaded as keys are with heads for tokens, as [WARPS, BLOCK_G, BLOCK_D]; of
+    16 bits at least [WARPS, 16, BLOCK_D]: 8 heads stand there twice. zero: 0, but the compiler may not know it."""
+    WARPS: tl.constexpr = q.shape[1]
+    N: tl.constexpr = q.shape[2]
+    C: tl.constexpr = q.shape[3]
+    E: tl.constexpr = q.shape[4]
+    PLANES: tl.constexpr = 2 if N == 1 and q.dtype.primitive_bitwidth == 16 else 1  # what the tensor core takes
+    planes = q.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, PLANES, C, E)
+    if PLANES == 2 and USE_ASM:
+        # The product wants neighbouring registers; one for both planes would be copied into them for each product.
+        second = tl.inline_asm_elementwise(
+            "or.b32 $0, $1, $2;", "=r,r,r", [q, zero.to(tl.int16)], dtype=q.dtype, is_pure=True, pack=2
+        )
+        second = second.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
+        planes = tl.where(tl.arange(0, 2)[None, None, None, :, None, None] == 0, planes, second)
+    planes = planes.reshape(8, 4, WARPS, N, PLANES, C, E // 4, 2, 2)  # r t warp n plane c s h e
+    return planes.permute(2, 3, 4, 0, 5, 6, 7, 1, 8).reshape(WARPS, 8 * N * PLANES, 4 * C * E)
+
+
+# PTX that turns the bytes of a word `t` into fp16: 0 and 1 into {lo}, 2 and 3 into {hi}.
+_CONVERT = {
+    # 1152 + v: the bits of 1024 with v + 128, to which the caller has turned v by its sign bit, below them
+    "int8": "prmt.b32 {lo}, t, 0x64646464, 0x4140; prmt.b32 {hi}, t, 0x64646464, 0x4342;",
+    "e4m3": "mov.b32 {{l, h}}, t; cvt.rn.f16x2.e4m3x2 {lo}, l; cvt.rn.f16x2.e4m3x2 {hi}, h;",
+    # before sm_89: fp16 has exponent and mantissa one place lower, and an exponent larger by 8
+    "e4m3_bits": " ".join(
+        f"prmt.b32 u, t, t, {selector}; shr.u32 {out}, u, 1; and.b32 {out}, {out}, 0x3F803F80;"
+        f" lop3.b32 {out}, u, 0x80008000, {out}, 0xEA; mul.f16x2 {out}, {out}, c;"
+        for out, selector in (("{lo}", "0x1100"), ("{hi}", "0x3322"))
+    ),
+}
+_DECLARE = "{ .reg .b32 a, b, t, u, c; .reg .b16 l, h; mov.b32 c, 0x5C005C00;"  # c: 256 and 256
+
+
+@triton.constexpr_function
+def _kind(is_fp8: bool, has_e4m3: bool) -> str:
+    return "int8" if not is_fp8 else "e4m3" if has_e4m3 else "e4m3_bits"
+
+
+@triton.constexpr_function
+def _keys_asm(kind: str) -> str:
+    return f"{_DECLARE} mov.b32 t, $2; {_CONVERT[kind].format(lo='$0', hi='$1')} }}"
+
+
+@triton.constexpr_function
+def _values_asm(kind: str) -> str:
+    """From a word of one token's values and one of the next token's to four pairs."""
+    flip = "0x80808080" if kind == "int8" else "0"
+    lines = [_DECLARE, f"xor.b32 a, $4, {flip}; xor.b32 b, $5, {flip};"]
+    for selector, lo, hi in (("0x5140", "$0", "$1"), ("0x7362", "$2", "$3")):
+        lines += [f"prmt.b32 t, a, b, {selector};", _CONVERT[kind].format(lo=lo, hi=hi)]
+    return " ".join([*lines, "}"])
+
+
+@triton.jit
+def _to_fp16(codes, FP8: tl.constexpr):
+    """int8 plus 1152, or e4m3 (NaN as 480), by their bits."""
+    wide = codes.to(tl.int16)
+    if FP8:
+        return ((wide & 0x7F) << 7 | (wide & 0x80) << 8).to(tl.float16, bitcast=True) * 256.0
+    else:
+        return ((wide & 0xFF) ^ 0x6480).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def split_queries(q, FP8: tl.constexpr):
+    """q fp32 [32, WARPS, BLOCK_G / 8, C, E] as (operand [WARPS, 2 * BLOCK_G, BLOCK_D], its scale [WARPS, BLOCK_G])."""
+    WARPS: tl.constexpr = q.shape[1]
+    N: tl.constexpr = q.shape[2]
+    C: tl.constexpr = q.shape[3]
+    E: tl.constexpr = q.shape[4]
+    scale = _largest(q, 1)  # [8, WARPS, N]
+    inverse = (1.0 / scale)[:, None].broadcast_to(8, 4, WARPS, N).reshape(32, WARPS, N)[:, :, :, None, None]
+    if FP8:
+        q *= inverse
+        first = q.to(tl.float16)
+        second = (q - first.to(tl.float32)).to(tl.float16)
+    else:  # an integer of 16 bits, 256 * first + second
+        bits = (q * (inverse * 32512.0) + 12582912.0).to(tl.int32, bitcast=True)
+        first = (bits + 128 >> 8).to(tl.int8)
+        second = bits.to(tl.int8)
+        scale *= 1.0 / 32512.0
+    is_first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
+    first = first.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
+    second = second.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
+    planes = tl.where(is_first, first, second)
+    planes = planes.reshape(8, 4, WARPS, N, 2, C, E // 8, 2, 4)  # r t warp n plane c s h e
+    operand = planes.permute(2, 3, 4, 0, 5, 6, 7, 1, 8).reshape(WARPS, 16 * N, 4 * C * E)
+    return operand, scale.permute(1, 2, 0).reshape(WARPS, 8 * N)
+
+
+@triton.jit
+def _largest(x, OVER: tl.constexpr):
+    """Of x [32, WARPS, N, C, E], whose lanes are [8, 4], the largest size over a thread's columns and over the lanes'
+    dimension OVER: [4 or 8, WARPS, N]. At least 2^-90: below, scales, and what the softmax makes of them, leave fp32.
+    NaN if there is one: its bits are above those of all numbers. A thread compares by fours, in 6 steps and not in 15.
+    """
+    sizes = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    sizes = sizes.reshape(8, 4, x.shape[1], x.shape[2], x.shape[3], x.shape[4] // 4, 4)
+    most = tl.max(tl.max(tl.max(tl.max(sizes, 4), 4), 4), OVER)
+    return tl.maximum(most, 0x12800000).to(tl.float32, bitcast=True)  # 2^-90
+
+
+@triton.jit
+def _add_planes(s, BLOCK_G: tl.constexpr, FP8: tl.constexpr):
+    """The products of both rows of each query, [WARPS, 2 * BLOCK_G, T], as fp32 [WARPS, BLOCK_G, T]."""
+    WARPS: tl.constexpr = s.shape[0]
+    T: tl.constexpr = s.shape[2]
+    first, second = tl.split(s.reshape(WARPS, BLOCK_G // 8, 2, 8, T).permute(0, 1, 3, 4, 2))
+    s = first + second if FP8 else (first * 256 + second).to(tl.float32)
+    return s.reshape(WARPS, BLOCK_G, T)
+
+
+@triton.jit
+def _heads(s, BLOCK_G: tl.constexpr):
+    """The products of the queries of queries_operand, [WARPS, .., T], as [WARPS, BLOCK_G, T]."""
+    if s.shape[1] > BLOCK_G:
+        s, _ = tl.split(s.reshape(s.shape[0], 2, BLOCK_G, s.shape[2]).permute(0, 2, 3, 1))
+    return s
+
+
+@triton.jit
+def _keys_operand(k, IS_8_BIT: tl.constexpr, FP8: tl.constexpr, HAS_E4M3: tl.constexpr, USE_ASM: tl.constexpr):
+    """What _load_keys loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; e4m3 as fp16."""
+    WARPS: tl.constexpr = k.shape[1]
+    EIGHTHS: tl.constexpr = k.shape[2]
+    C: tl.constexpr = k.shape[3]
+    E: tl.constexpr = k.shape[4]
+    P: tl.constexpr = 4 if IS_8_BIT else 2
+    if IS_8_BIT and FP8:
+        if USE_ASM:
+            asm: tl.constexpr = _keys_asm(_kind(FP8, HAS_E4M3))
+            k = tl.inline_asm_elementwise(asm, "=&r,=&r,r", [k], dtype=tl.float16, is_pure=True, pack=4)
+        else:
+            k = _to_fp16(k, FP8)
+    k = k.reshape(8, 4, WARPS, EIGHTHS, C, E // (2 * P), 2, P)  # r t warp eighth c s h e
+    return k.permute(2, 4, 5, 6, 1, 7, 3, 0).reshape(WARPS, 4 * C * E, 8 * EIGHTHS)
+
+
+@triton.jit
+def _values_operand(
+    even, odd, IS_8_BIT: tl.constexpr, FP8: tl.constexpr, HAS_E4M3: tl.constexpr, USE_ASM: tl.constexpr
+):
+    """What _load_values loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; of 8 bits as fp16, where an
+    int8 is 1152 more than it was."""
+    WARPS: tl.constexpr = even.shape[1]
+    EIGHTHS: tl.constexpr = even.shape[2]
+    C: tl.constexpr = even.shape[3]
+    E: tl.constexpr = even.shape[4]
+    is_even = tl.arange(0, 2) == 0
+    if IS_8_BIT and USE_ASM:  # a word for each pair
+        asm: tl.constexpr = _values_asm(_kind(FP8, HAS_E4M3))
+        # It is pure, but if Triton knew, it would see through it that bytes are loaded, and choose a layout for bytes.
+        pairs = tl.inline_asm_elementwise(
+            asm, "=&r,=&r,=&r,=&r,r,r", [even, odd], dtype=tl.int32, is_pure=False, pack=4
+        )
+        pairs = pairs.reshape(32, WARPS, EIGHTHS, C, E, 1).broadcast_to(32, WARPS, EIGHTHS, C, E, 2)
+        v = tl.where(is_even, pairs, pairs >> 16).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        if IS_8_BIT:
+            even, odd = _to_fp16(even, FP8), _to_fp16(odd, FP8)
+        even = even.reshape(32, WARPS, EIGHTHS, C, E, 1).broadcast_to(32, WARPS, EIGHTHS, C, E, 2)
+        odd = odd.reshape(32, WARPS, EIGHTHS, C, E, 1).broadcast_to(32, WARPS, EIGHTHS, C, E, 2)
+        v = tl.where(is_even, even, odd)
+    v = v.reshape(8, 4, WARPS, EIGHTHS, C, E, 2)  # r t warp eighth c j e
+    return v.permute(2, 4, 5, 0, 3, 1, 6).reshape(WARPS, 8 * C * E, 8 * EIGHTHS)
+
+
+@triton.jit
+def _scales_of_scores(scales, BLOCK_G: tl.constexpr):
+    """What _load_scales loaded, as (of the keys, of the values), each [WARPS, BLOCK_G, 16 * TILES]."""
+    WARPS: tl.constexpr = scales.shape[1]
+    EIGHTHS: tl.constexpr = scales.shape[2]
+    scales = scales.reshape(8, 4, WARPS, EIGHTHS, 2, 2).permute(2, 0, 3, 1, 4, 5)  # warp r eighth t e, key or value
+    scales = scales.reshape(WARPS, 1, 8, 8 * EIGHTHS, 2).broadcast_to(WARPS, BLOCK_G // 8, 8, 8 * EIGHTHS, 2)
+    return tl.split(scales.reshape(WARPS, BLOCK_G, 8 * EIGHTHS, 2))
+
+
+@triton.jit
+def _quantize(x, largest, FP8: tl.constexpr, HAS_E4M3: tl.constexpr):
+    """fp32 x / largest * 127 as int8, or x / largest * 448 as the bits of e4m3, to nearest even."""
+    if not FP8:
+        return (x * (127.0 / largest) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # 1.5 * 2^23
+    x *= 448.0 / largest
+    if HAS_E4M3:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, $2, $1; cvt.rn.satfinite.e4m3x2.f32 h, $4, $3;"
+            " mov.b32 $0, {l, h}; }",
+            "=r,f,f,f,f",
+            [x],
+            dtype=tl.int8,
+            is_pure=True,
+            pack=4,
+        )
+    size = tl.minimum(tl.abs(x), 448.0)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1) >> 20) - (120 << 3)  # exponent bias 127 -> 7
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000  # multiples of 2^-9 below 2^-6
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    return (tl.where(size < 0.015625, small, normal) | sign).to(tl.int8)
+
+
+@triton.jit
+def quantize_token(k, v, FP8: tl.constexpr, HAS_E4M3: tl.constexpr):
+    """(codes of k, of v, their scales [32, WARPS, 1, 2]) of one token, loaded as keys and as values are; k is fp32."""
+    WARPS: tl.constexpr = k.shape[1]
+    v = v.to(tl.float32)
+    largest_k = _largest(k, 1)[:, None].broadcast_to(8, 4, WARPS, 1).reshape(32, WARPS, 1)
+    largest_v = _largest(v, 0)[None].broadcast_to(8, 4, WARPS, 1).reshape(32, WARPS, 1)
+    k = _quantize(k, largest_k[:, :, :, None, None], FP8, HAS_E4M3)
+    v = _quantize(v, largest_v[:, :, :, None, None], FP8, HAS_E4M3)
+    is_key = tl.arange(0, 2)[None, None, None, :] == 0
+    scales = tl.where(is_key, largest_k[:, :, :, None], largest_v[:, :, :, None])
+    return k, v, scales * (1.0 / (448.0 if FP8 else 127.0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Softmax
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def attend(
+    q,  # [WARPS, 16 or more, BLOCK_D]
+    q_scale,  # in units of log2; without scales of the cache one number, else [WARPS, BLOCK_G]
+    k,  # as load_tile loads them
+    even,
+    odd,
+    scales,
+    top,
+    total,
+    acc,  # None of the first tile
+    begin,  # first and past the last of the tile's tokens that count
+    end,
+    SOFTCAP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    IS_8_BIT: tl.constexpr,
+    FP8: tl.constexpr,
+    HAS_E4M3: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """The running softmax with one more tile. top [WARPS, BLOCK_G]: the largest score, in units of log2, over 8 bits
+    the largest log2 of exp(score) times the value's scale; total [WARPS, BLOCK_G], acc [WARPS, BLOCK_D, BLOCK_G]: the
+    sums, over 2 ** top."""
+    WARPS: tl.constexpr = k.shape[1]
+    T: tl.constexpr = 8 * k.shape[2]
+    BLOCK_G: tl.constexpr = top.shape[1]
+    keys = _keys_operand(k, IS_8_BIT, FP8, HAS_E4M3, USE_ASM)
+    if IS_8_BIT:
+        k_scale, v_scale = _scales_of_scores(scales, BLOCK_G)
+        # The two scales first: their product cannot overflow alone.
+        s = _add_planes(tl.dot(q, keys), BLOCK_G, FP8) * (q_scale[:, :, None] * k_scale)
+    elif k.dtype == tl.float32:  # without tensor cores; this way round it takes fewer registers
+        s = tl.dot(keys.permute(0, 2, 1), q.permute(0, 2, 1), input_precision="ieee").permute(0, 2, 1) * q_scale
+    else:
+        s = _heads(tl.dot(q, keys), BLOCK_G) * q_scale  # [WARPS, BLOCK_G, T]
+    if SOFTCAP > 0:
+        s = soft_cap(s, SOFTCAP)
+    offs_n = tl.arange(0, T * WARPS).reshape(WARPS, T)[:, None, :]
+    counts = offs_n < end
+    if WINDOW > 0:
+        counts &= offs_n >= begin
+    s = tl.where(counts, s, float("-inf"))
+    size = s
+    if IS_8_BIT:
+        v_scale = tl.where(counts, v_scale, 1.0)
+        size = s + fast_log2(v_scale, USE_ASM)
+    size = size.reshape(WARPS, BLOCK_G, T // 8, 8)  # a thread's before those of other lanes
+    new_top = tl.maximum(top, tl.max(tl.max(size, 2), 2))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a warp may have seen no token yet
+    p = tl.exp2(s - base[:, :, None])
+    sums = tl.sum(tl.sum(p.reshape(WARPS, BLOCK_G, T // 8, 8), 2), 2)
+    values = _values_operand(even, odd, IS_8_BIT, FP8, HAS_E4M3, USE_ASM)
+    if IS_8_BIT:
+        p *= v_scale
+        # In two steps: a total that counts may have to shrink by more than the smallest float32.
+        rescale = tl.exp2((top - base) * 0.5)
+        total = total * rescale * rescale + sums
+        rescale *= rescale
+    else:
+        rescale = tl.exp2(top - base)
+        total = total * rescale + sums
+    p = p.to(values.dtype).permute(0, 2, 1)
+    if acc is not None:
+        acc *= rescale[:, None, :]
+    if IS_8_BIT and not FP8:  # the bias goes with what each probability adds
+        bias = tl.dot(tl.full([WARPS, 16, T], -1152.0, tl.float16), p)  # [WARPS, 16, BLOCK_G]
+        D: tl.constexpr = values.shape[1]
+        bias = bias[:, None].broadcast_to(WARPS, D // 16, 16, BLOCK_G).reshape(WARPS, D, BLOCK_G)
+        product = tl.dot(values, p, bias)
+        if acc is not None:
+            product += acc
+        return new_top, total, product
+    else:
+        return new_top, total, tl.dot(values, p, acc, input_precision="ieee")
