@@ -26,8 +26,8 @@ from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
 from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts, device_facts
+from tiny_gemm.int4_config import DecodeConfig, registers_needed, stage_bytes
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
-from tiny_gemm.triton_gemm import DecodeConfig
 
 REGISTERS = (64, 80, 96, 112, 128, 168, 255)
 
@@ -60,8 +60,8 @@ def candidates(
             continue
         if quick and stages == 3 and row_tiles > 1:
             continue
-        needed = triton_gemm.registers_needed(row_tiles, warp_units, x_tiles, groups, symmetric, gated)
-        stage = row_tiles * units_a_step * triton_gemm.stage_bytes(unit, group, symmetric, gated)
+        needed = registers_needed(row_tiles, warp_units, x_tiles, groups, symmetric, gated)
+        stage = row_tiles * units_a_step * stage_bytes(unit, group, symmetric, gated)
         registers = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
         if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
             limits = registers[1:2] or registers[:1] if quick else registers[:2]

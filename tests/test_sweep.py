@@ -17,11 +17,11 @@ from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
 from benchmarks.sweeps import SweepCase, best_over_batches, heads_of, run_cases, summary
 from benchmarks.timing import Machine
+from tiny_gemm.int4_config import DecodeConfig
 from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_fused_transformer import attention, decode_attention
 from tiny_gemm.triton_fused_transformer.attention import AttentionConfig
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig, pick_config
-from tiny_gemm.triton_gemm import DecodeConfig
 
 A, B, C = DecodeConfig(1, 2, 4, 2, 128), DecodeConfig(2, 2, 4, 3, 128), DecodeConfig(1, 2, 4, 2, 128, splits=2)
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from conftest import INTERPRETED, assert_close
 
-from tiny_gemm import triton_gemm
+from tiny_gemm import int4_config, triton_gemm
 from tiny_gemm.device import DeviceFacts
+from tiny_gemm.int4_config import DecodeConfig, SplitConfig
 from tiny_gemm.quantize_utils import Int4Weight, dequantize, pack, quantize
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
 
 H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
 SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, is_nvidia=True)
-AMD_CHIP = aot.device_facts("gfx942")
 
 
 def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
@@ -66,8 +66,8 @@ def test_reads_no_row_past_the_last_tile(m):
     whole = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 128)
     whole.scales[2:] = float("nan")
     part = Int4Weight(whole.packed[:2], whole.scales[:2], None, 128, (17, 128))
-    prefill = triton_gemm.SplitConfig(64, 16, splits=1, num_warps=4, stages=2)
-    config = triton_gemm.DecodeConfig(4, 2, 1, 2, 128) if m <= 16 else prefill
+    prefill = SplitConfig(64, 16, splits=1, num_warps=4, stages=2)
+    config = DecodeConfig(4, 2, 1, 2, 128) if m <= 16 else prefill
     x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
     y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
     assert_close(y, int4_gemm_ref(x, part))
@@ -81,7 +81,7 @@ def test_splits_of_k_are_added_in_one_order(k, group_size, symmetric):
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(33, k, generator=generator), group_size, symmetric=symmetric)
     x = torch.randn(3, k, generator=generator).half()
-    config = triton_gemm.SplitConfig(32, 4, splits=4, num_warps=1, stages=3)
+    config = SplitConfig(32, 4, splits=4, num_warps=1, stages=3)
     args = weight.packed, weight.scales, weight.zeros, None, group_size, 33, config
     ys = []
     for seed in range(4):
@@ -114,7 +114,7 @@ def test_every_shape_of_a_block(k, group_size, config, poisoned):
     generator = torch.Generator().manual_seed(0)
     weight = quantize(torch.randn(50, k, generator=generator), group_size, symmetric=False)
     x = torch.randn(9, k, generator=generator).bfloat16()
-    config = triton_gemm.DecodeConfig(*config[:3], stages=2, max_registers=128, splits=config[3])
+    config = DecodeConfig(*config[:3], stages=2, max_registers=128, splits=config[3])
     y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, None, group_size, 50, config)
     assert_close(y, int4_gemm_ref(x, weight))
 
@@ -305,17 +305,6 @@ def test_sums_are_fused_in_one_form(name):
     assert fused >= 8 and products <= 8 + of_zeros, "a product that is not fused is one with 4, at the end"
 
 
-@pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
-@pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
-@pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
-def test_pick_config_sums_in_one_order(n, k, facts):
-    for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
-        for symmetric in (True, False):
-            configs = [triton_gemm.pick_config(m, n, k, group_size, symmetric, facts) for m in (1, 2, 4, 8, 9, 16)]
-            cuts = {c.cut if isinstance(c, triton_gemm.DecodeConfig) else c.splits for c in configs}
-            assert len(cuts) == 1  # how K is cut must not depend on the batch
-
-
 @pytest.fixture
 def no_table(monkeypatch):
     monkeypatch.setattr(triton_gemm, "_TABLE", {})
@@ -339,48 +328,6 @@ def test_a_table_comes_before_pick_config_on_its_own_gpu(tmp_path, no_table):
         assert triton_gemm.plan(m, 4096, 2048, group_size, symmetric, H100).launcher.meta.get("WARPS") != 16
     assert triton_gemm.plan(1, 4096, 2048, 128, True, H100, None, "silu").launcher.meta["WARPS"] != 16
     assert triton_gemm.plan(1, 4096, 2048, 128, True, SMALL_CHIP) == elsewhere
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ([{}], r"2048x4096 needs entries of one \(warp_units, warps, splits\) for 8 and 16 rows"),
-        ([{}, {"warps": 4}], r"2048x4096 needs entries of one"),
-        ([{}, {"splits": 2}], r"2048x4096 needs entries of one"),
-        ([{"warp_units": 1, "warps": 1}] * 2, "a step is two groups or more"),
-        ([{"gated": True, "splits": 2}] * 2, "a gated pair is not split"),
-    ],
-    ids=["no-16", "two-cuts", "two-splits", "half-a-pair", "gated-split"],
-)
-def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_path, no_table):
-    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
-    shape = {"k": 2048, "n": 4096, "group_size": 128, "gated": False}
-    entries = [{**shape, "rows": rows, **config, **change} for rows, change in zip((8, 16), changes)]  # noqa: B905
-    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
-    with pytest.raises(ValueError, match=message):
-        triton_gemm.load_table(tmp_path / "t.json")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"splits": 0}, {"splits": 3}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
-    + [{"max_registers": 1000}, {"gated": "no"}, {"k": None}, {"n": 0}, {"group_size": [128]}, {"warps": True}],
-    ids=str,
-)
-def test_a_table_of_blocks_that_do_not_exist_is_refused(change, tmp_path, no_table):
-    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
-    shape = {"k": 2048, "n": 4096, "group_size": 128, "gated": False}
-    entries = [{**shape, "rows": rows, **config, **change} for rows in (8, 16)]
-    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
-    with pytest.raises(ValueError, match=rf"is no table of .*{next(iter(change))}"):
-        triton_gemm.load_table(tmp_path / "t.json")
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"gpu": "x", "entries": [{"k": 1}]}'])
-def test_what_is_no_table_is_refused_in_words(text, tmp_path, no_table):
-    (tmp_path / "t.json").write_text(text)
-    with pytest.raises(ValueError, match=r"t\.json is no table of benchmarks/sweep_int4_gemm\.py"):
-        triton_gemm.load_table(tmp_path / "t.json")
 
 
 @pytest.mark.interp
@@ -459,7 +406,7 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("decode_weights", [triton_gemm.DECODE_WEIGHTS, 0], ids=["decode", "prefill-kernel"])
+@pytest.mark.parametrize("decode_weights", [int4_config.DECODE_WEIGHTS, 0], ids=["decode", "prefill-kernel"])
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "symmetric"),
     [(4096, 4096, 128, True), (6144, 4096, 128, True), (2048, 2048, 64, True), (2048, 8192, 128, False)]
@@ -468,7 +415,7 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
 )
 def test_a_row_has_the_same_bits_at_every_place(n, k, group_size, symmetric, decode_weights, dtype, monkeypatch):
     """Sixteen equal rows, and batches of 1, 8 and 9 of them."""
-    monkeypatch.setattr(triton_gemm, "DECODE_WEIGHTS", decode_weights)
+    monkeypatch.setattr(int4_config, "DECODE_WEIGHTS", decode_weights)
     triton_gemm.plan.cache_clear()
     weight = quantize(torch.randn(n, k), group_size, symmetric=symmetric).to("cuda")
     x = torch.randn(1, k, device="cuda", dtype=dtype).expand(16, -1).contiguous()

@@ -18,12 +18,8 @@ Sums are added in a fixed order, whoever comes last: a row's bits do not depend 
 `int4_tile` is what the fused FFN is made of: K split over the warps of a block.
 """
 
-import dataclasses
-import json
 import os
-from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -31,11 +27,19 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
+from tiny_gemm.int4_config import (
+    DECODE_ROWS,
+    DecodeConfig,
+    SplitConfig,
+    pick_config,
+    pick_decode_config,
+    read_table,
+)
 from tiny_gemm.launcher import Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
+from tiny_gemm.triton_parts import activate, add_warps, pdl_options, wait_for_previous
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -113,81 +117,6 @@ def _split_pairs(pairs, DTYPE: tl.constexpr):
 def _load_pair(ptr, offs):
     """Pairs number `offs`, split. The software pipeline fetches ahead only loads of 4 bytes and more a thread."""
     return _split_pairs(tl.load(_pair_ptr(ptr) + offs), ptr.dtype.element_ty)
-
-
-@triton.jit
-def wait_for_previous(PDL: tl.constexpr):
-    """With programmatic dependent launch: waits until the kernel before this one has ended and its results are here.
-
-    Until then a kernel may write nothing, and read only weights, which no kernel of a step writes (who writes to a
-    weight on the GPU must synchronize before the next product: see Int4Weight). It lets the next kernel start only
-    after its own wait: earlier, kernels would pile up on the SMs and all get slower.
-    """
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-
-
-@triton.jit
-def prefetch_l2(ptr, num_bytes):
-    """Asks L2 for num_bytes (a multiple of 16) at ptr; one thread of the block does. From sm_90 on."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred first;
-        .reg .u32 tid;
-        mov.u32 tid, %tid.x;
-        setp.eq.u32 first, tid, 0;
-        @first cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [ptr, num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    if ACTIVATION == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":  # tanh(u) = 2 sigmoid(2 u) - 1
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
-    else:
-        tl.static_assert(ACTIVATION == "silu")
-        return x * tl.sigmoid(x)
-
-
-@triton.jit
-def add_warps(x, WARPS: tl.constexpr):
-    """[WARPS, R, C] -> [R, C]: the sum, by one exchange through shared memory (tl.sum takes two longer ones)."""
-    R: tl.constexpr = x.shape[1]
-    C: tl.constexpr = x.shape[2]
-    x = x.permute(1, 2, 0)
-    if WARPS == 1:
-        return x.reshape(R, C)
-    elif WARPS == 2:
-        a, b = tl.split(x)
-        return a + b
-    elif WARPS == 4:
-        a, b = tl.split(x.reshape(R, C, 2, 2))
-        a, b = tl.split(a + b)
-        return a + b
-    elif WARPS == 8:
-        a, b = tl.split(x.reshape(R, C, 2, 2, 2))
-        a, b = tl.split(a + b)
-        a, b = tl.split(a + b)
-        return a + b
-    else:
-        tl.static_assert(WARPS == 16)
-        a, b = tl.split(x.reshape(R, C, 2, 2, 2, 2))
-        a, b = tl.split(a + b)
-        a, b = tl.split(a + b)
-        a, b = tl.split(a + b)
-        return a + b
 
 
 # What a thread fetches of a weight is in the order in which it will be an operand of mma.sync, so that it comes back
@@ -803,154 +732,9 @@ def _dequantize_kernel(
 # Configuration and launcher
 # ---------------------------------------------------------------------------------------------------------------------
 
-DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
-DECODE_WEIGHTS = 2**28  # W of more elements than this, a large vocabulary's, takes the prefill kernel, which shares x
 DEQUANTIZE_ROWS = 192  # more rows than this take a product in 16 bits; found at 4096 x 4096 on an H200, 2026-11-28
 DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """A block takes 16 * row_tiles rows of W and a `splits`-th of K; a step is `warp_units` units of K for each of its
-    `warps` warps. stages: one more than the steps whose weights are on their way in shared memory.
-    max_registers: a thread may have so many. How K is cut, which is warp_units, warps and splits, decides the bits."""
-
-    row_tiles: int
-    warp_units: int
-    warps: int
-    stages: int
-    max_registers: int
-    splits: int = 1
-
-    @property
-    def cut(self) -> tuple[int, int, int]:
-        return self.warp_units, self.warps, self.splits
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    """block_n rows of W and block_m rows of x a block; K split over `splits` blocks; `stages` tiles in flight."""
-
-    block_n: int
-    block_m: int
-    splits: int
-    num_warps: int
-    stages: int
-
-
-def pick_config(
-    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts
-) -> DecodeConfig | SplitConfig:
-    """The configuration for x [m, k] and W [n, k]. Within the decode sizes K is cut in a way that does not depend on m,
-    so that a row's sums are added in one order whatever its batch."""
-    if m <= DECODE_ROWS and n * k <= DECODE_WEIGHTS:
-        return pick_decode_config(m, n, k, group_size, symmetric, facts)
-    unit = unit_k(k)
-    if m <= DECODE_ROWS:
-        # A narrower tile of x saves loads, unless it gets too small for the pipeline.
-        narrowest = 16 if not facts.is_nvidia else 8 if unit == 64 else 2
-        block_m = max(narrowest, triton.next_power_of_2(m))
-        block_n = 32 if block_m == 2 else 64
-        stages = 2 if not facts.is_nvidia else 4 if block_m == 16 else 3
-        return SplitConfig(block_n, block_m, 1, block_n // 32, stages)
-    step = 2 * unit if group_size == unit else unit  # whole pairs of groups
-    # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
-    block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
-    blocks = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
-    splits = _splits(2 * facts.sm_count // blocks, triton.cdiv(k, step))
-    stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
-    return SplitConfig(64, block_m, splits, num_warps=4, stages=stages)
-
-
-def _splits(wanted: int, steps: int) -> int:
-    """The power of two below `wanted` that leaves each block two steps or more, and at most 8."""
-    splits = 1
-    while 2 * splits <= min(wanted, steps // 2, 8):
-        splits *= 2
-    return splits
-
-
-def pick_decode_config(
-    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts, *, gated: bool = False
-) -> DecodeConfig:
-    """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
-    unit = unit_k(k)
-    units = triton.cdiv(k, unit)
-    groups = 1 if group_size == -1 else unit // group_size  # a unit
-    if facts.is_nvidia:
-        tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-        shape = _decode_blocks(m, unit, units, tiles_per_sm, group_size, groups, symmetric, gated)
-        warp_units, warps, splits, row_tiles = shape
-    else:
-        warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
-    if warp_units > 1 and (groups > 1 or not symmetric):  # scales and zeros take registers
-        row_tiles = min(row_tiles, 2)
-    tile_bytes = stage_bytes(unit, group_size, symmetric, gated) * warps * warp_units
-    while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
-        row_tiles //= 2
-    limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
-    if limit == 136:  # a little less does, and one block more fits an SM
-        limit = 128
-    # Two blocks of 16 warps on an SM, if they can do with 64 registers.
-    limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
-    return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
-
-
-def _decode_blocks(
-    m: int, unit: int, units: int, tiles_per_sm: float, group_size: int, groups: int, symmetric: bool, gated: bool
-) -> tuple[int, int, int, int]:
-    """(warp_units, warps, splits, row_tiles), the first three the same for every m.
-
-    Swept on an H200, 2026-11-28, groups of 32 and 64 on 2026-11-29: see docs/notes/int4-gemm.md. What decides is that
-    all blocks fit the chip at once, scales and zeros taking registers, and that they are many.
-    """
-    few = m <= 8
-    if unit == 64 and units >= 32 and tiles_per_sm <= 2 and not gated:
-        return 1, 4, 4, 1 if m == 1 else 2
-    if unit == 64:  # small models: all of K in one step, if it is not more than 1,024
-        return 2, 8, 1, 1 if tiles_per_sm <= 4 or gated else 2
-    if gated:
-        return 2 if groups <= 2 else 1, 4, 1, 1
-    if units <= 16 and tiles_per_sm <= 3:  # one step
-        return 2, 8, 1, 1 if tiles_per_sm <= 1 and few else 2
-    if 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and group_size in (128, -1):  # one step
-        return 2, 16, 1, 1 if few else 2
-    if groups > 2 and not symmetric and tiles_per_sm <= 2:
-        return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
-    if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
-        if groups > 2 or not symmetric:
-            return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
-        if tiles_per_sm > 1:
-            return 2, 4, 4, 2 if few else 4
-        return 2, 4, 4, 1 if m == 1 else 2
-    if tiles_per_sm <= 2:
-        return 2, 8, 1, 1 if few else 2
-    if tiles_per_sm <= 3 and symmetric and groups == 1:
-        return 2, 8, 1, 2 if few else 4
-    if tiles_per_sm <= 3 and symmetric:
-        return 1, 8, 1, 1 if few else 2 if groups == 2 else 4
-    if tiles_per_sm <= 3:
-        return 2, 4, 1, 1 if few else 2
-    return 2 if groups <= 2 else 1, 4, 1, 2 if few else 4
-
-
-def stage_bytes(unit: int, group_size: int, symmetric: bool, gated: bool) -> int:
-    """Bytes at most of shared memory that a stage of the decode kernel takes for a unit of a row tile. Each pair of
-    scales, of up to 8 bytes, lies there four times."""
-    pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if symmetric else 2)
-    return (1 + gated) * (8 * unit + pairs * 16 * 4 * 8)
-
-
-def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
-    """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
-    if x_tiles == 2 and (not symmetric or (row_tiles == 4 and groups > 1)):
-        return 255
-    weights = (1 + gated) * row_tiles * 8 * warp_units
-    pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if symmetric else 2)
-    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 24 if groups == 2 else 16)
-    held = 16 * warp_units * x_tiles + weights + pairs + sums
-    return min(255, (held + 56 + 8 * row_tiles * (x_tiles - 1)) // 8 * 8)
 
 
 _TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most rows) -> what a sweep found
@@ -959,39 +743,8 @@ _TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most ro
 def load_table(path: str | os.PathLike) -> None:
     """Takes the configurations that benchmarks/sweep_int4_gemm.py found for a GPU, where it is this one, before those
     of pick_config. The environment variable TINY_GEMM_TABLE does the same. ValueError for a file that is no table."""
-    try:
-        table = json.loads(Path(path).read_text())
-        found = {_table_key(table["gpu"], e): _table_config(e) for e in table["entries"]}
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{path} is no table of benchmarks/sweep_int4_gemm.py: {type(e).__name__}: {e}") from e
-    for gpu, k, n, group_size, gated, _ in found:
-        both = [found.get((gpu, k, n, group_size, gated, rows)) for rows in (8, DECODE_ROWS)]
-        if None in both or len({c.cut for c in both}) > 1:  # K cut in two ways: a row's bits differ
-            raise ValueError(
-                f"{path}: {k}x{n} needs entries of one (warp_units, warps, splits) for 8 and {DECODE_ROWS} rows"
-            )
-        warp_units, warps, splits = both[0].cut
-        if warp_units * warps * unit_k(k) < 2 * group_size or (gated and splits > 1):
-            raise ValueError(f"{path}: {k}x{n} has {both[0]}; a step is two groups or more, a gated pair is not split")
-    _TABLE.update(found)
+    _TABLE.update(read_table(path))
     plan.cache_clear()
-
-
-def _table_key(gpu: str, entry: dict) -> tuple:
-    key = tuple(entry[name] for name in ("k", "n", "group_size", "gated", "rows"))
-    if [type(value) for value in key] != [int, int, int, bool, int] or min(key[:2]) < 1:
-        raise ValueError(f"{entry} must have whole numbers k, n, group_size, rows, and gated true or false")
-    return gpu, *key
-
-
-def _table_config(entry: dict) -> DecodeConfig:
-    values = {f.name: entry[f.name] for f in dataclasses.fields(DecodeConfig)}
-    allowed = {"row_tiles": (1, 2, 4), "warp_units": (1, 2), "warps": (1, 2, 4, 8, 16), "splits": (1, 2, 4, 8)}
-    allowed |= {"stages": range(1, 9), "max_registers": range(16, 256)}
-    for name, values_of in allowed.items():
-        if type(values[name]) is not int or values[name] not in values_of:
-            raise ValueError(f"{name}={values[name]!r} must be one of {list(values_of)[:5]} ...")
-    return DecodeConfig(**values)
 
 
 class Launch(NamedTuple):
@@ -1070,11 +823,6 @@ def check_aligned(**tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.data_ptr() % 16:
             raise ValueError(f"{name} begins at address {t.data_ptr():#x}; it must be aligned to 16 bytes: clone() it")
-
-
-def pdl_options(facts: DeviceFacts) -> dict:
-    """Launch options of a kernel that calls wait_for_previous(PDL)."""
-    return {"PDL": True, "launch_pdl": True} if facts.has_pdl else {"PDL": False}
 
 
 def _readable(x: Tensor) -> Tensor:

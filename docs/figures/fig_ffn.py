@@ -3,8 +3,8 @@
 import facts
 from svg import Canvas
 
+from tiny_gemm.int4_config import DecodeConfig, pick_config
 from tiny_gemm.triton_fused_transformer.ffn import FUSED_ROWS
-from tiny_gemm.triton_gemm import DecodeConfig, pick_config
 
 BOX, GAP, CHIP = 100, 32, 62
 LEFT = [8 + i * (BOX + GAP) for i in range(5)]

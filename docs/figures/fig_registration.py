@@ -58,7 +58,7 @@ def draw(theme: str) -> str:
     y += 214
     c.arrow((488, y - 12), (488, y + 25), colour="blue", width=2)
     c.arrow((614, 88), (614, y + 25), colour="green", width=2, dashed=True)
-    launcher = "triton_gemm.py: pick_config → launcher.py", "keeps the compiled kernel for each kind of arguments"
+    launcher = "int4_config.py: pick_config → launcher.py", "keeps the compiled kernel for each kind of arguments"
     c.box(8, y + 26, 624, 56, *launcher, colour="blue", opacity=0.1)
     c.arrow((164, y + 82), (164, y + 107), colour="blue", width=2)
     c.arrow((476, y + 82), (476, y + 107), colour="blue", width=2)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, device_facts, tensor_bytes
 from tiny_gemm.launcher import Launcher
-from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
+from tiny_gemm.triton_parts import pdl_options, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 SMALLEST_SCALE = 2.0**-120  # below it scores count as 0; a scale that underflows turns a masked score, -inf, into NaN

@@ -59,7 +59,7 @@ from tiny_gemm.triton_fused_transformer.decode_tiles import (
     queries_operand,
     split_queries,
 )
-from tiny_gemm.triton_gemm import pdl_options, prefetch_l2, wait_for_previous
+from tiny_gemm.triton_parts import pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
-from tiny_gemm.triton_gemm import add_warps, prefetch_l2
+from tiny_gemm.triton_parts import add_warps, prefetch_l2
 
 
 def decode_attention_cost(grid, kernel, args) -> dict:

@@ -24,7 +24,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, tensor_bytes
 from tiny_gemm.launcher import Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_gemm import activate, check_aligned, int4_tile, store_tile
+from tiny_gemm.triton_gemm import check_aligned, int4_tile, store_tile
+from tiny_gemm.triton_parts import activate
 
 FUSED_ROWS = 16  # more rows than this no longer fit the tile, and the general GEMMs are faster
 MAX_REGISTERS = 255  # a thread: there is one block an SM; told nothing, ptxas aims at 128 and spills on sm_100

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, device_facts, tensor_bytes
 from tiny_gemm.launcher import Launcher
-from tiny_gemm.triton_gemm import pdl_options, wait_for_previous
+from tiny_gemm.triton_parts import pdl_options, wait_for_previous
 
 
 def _norm_cost(grid, kernel, args) -> dict:

@@ -1,0 +1,90 @@
+"""Which blocks the INT4 GEMM takes: rules that hold for every shape and chip, and tables that a sweep has written."""
+
+import json
+
+import aot
+import pytest
+
+from tiny_gemm.device import DeviceFacts
+from tiny_gemm.int4_config import DecodeConfig, pick_config, pick_decode_config, read_table, stage_bytes
+from tiny_gemm.quantize_utils import unit_k
+
+H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
+SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, is_nvidia=True)
+AMD_CHIP = aot.device_facts("gfx942")
+
+
+@pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
+@pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
+@pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
+def test_pick_config_sums_in_one_order(n, k, facts):
+    for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
+        for symmetric in (True, False):
+            configs = [pick_config(m, n, k, group_size, symmetric, facts) for m in (1, 2, 4, 8, 9, 16)]
+            cuts = {c.cut if isinstance(c, DecodeConfig) else c.splits for c in configs}
+            assert len(cuts) == 1  # how K is cut must not depend on the batch
+
+
+@pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
+@pytest.mark.parametrize("gated", [False, True], ids=["single", "gated"])
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("group_size", [32, 64, 128, -1])
+def test_decode_blocks_keep_the_rules(group_size, symmetric, gated, facts):
+    """What the kernel asserts, and what the chip has; for shapes on either side of every limit."""
+    for k in (64, 576, 1024, 1536, 2048, 2880, 3072, 4096, 7392, 8192, 14336):
+        unit = unit_k(k)
+        if k % 128 and group_size == 128:
+            continue
+        for tiles in (1, 23, 24, 25, 48, 72, 73, 131, 132, 198, 199, 264, 265, 396, 397, 528, 530, 1792):
+            configs = [
+                pick_decode_config(m, 16 * tiles, k, group_size, symmetric, facts, gated=gated)
+                for m in (1, 2, 8, 9, 16)
+            ]
+            assert len({c.cut for c in configs}) == 1
+            for c in configs:
+                assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
+                if facts.is_nvidia:
+                    stage = stage_bytes(unit, group_size, symmetric, gated) * c.warps * c.warp_units * c.row_tiles
+                    assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([{}], r"2048x4096 needs entries of one \(warp_units, warps, splits\) for 8 and 16 rows"),
+        ([{}, {"warps": 4}], r"2048x4096 needs entries of one"),
+        ([{}, {"splits": 2}], r"2048x4096 needs entries of one"),
+        ([{"warp_units": 1, "warps": 1}] * 2, "a step is two groups or more"),
+        ([{"gated": True, "splits": 2}] * 2, "a gated pair is not split"),
+    ],
+    ids=["no-16", "two-cuts", "two-splits", "half-a-pair", "gated-split"],
+)
+def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_path):
+    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
+    shape = {"k": 2048, "n": 4096, "group_size": 128, "gated": False}
+    entries = [{**shape, "rows": rows, **config, **change} for rows, change in zip((8, 16), changes)]  # noqa: B905
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
+    with pytest.raises(ValueError, match=message):
+        read_table(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"splits": 0}, {"splits": 3}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
+    + [{"max_registers": 1000}, {"gated": "no"}, {"k": None}, {"n": 0}, {"group_size": [128]}, {"warps": True}],
+    ids=str,
+)
+def test_a_table_of_blocks_that_do_not_exist_is_refused(change, tmp_path):
+    config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
+    shape = {"k": 2048, "n": 4096, "group_size": 128, "gated": False}
+    entries = [{**shape, "rows": rows, **config, **change} for rows in (8, 16)]
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
+    with pytest.raises(ValueError, match=rf"is no table of .*{next(iter(change))}"):
+        read_table(tmp_path / "t.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"gpu": "x", "entries": [{"k": 1}]}'])
+def test_what_is_no_table_is_refused_in_words(text, tmp_path):
+    (tmp_path / "t.json").write_text(text)
+    with pytest.raises(ValueError, match=r"t\.json is no table of benchmarks/sweep_int4_gemm\.py"):
+        read_table(tmp_path / "t.json")
