@@ -382,6 +382,8 @@ def test_speedup_is_over_the_best_peer_of_the_same_kind():
     assert report.speedup(rows) == pytest.approx(1.5)
     wall = row("transformers", 1.0) | {"timing": "wall"}
     assert report.speedup([*rows, wall]) == pytest.approx(1.5)
+    over_8_bits = rows[0] | {"impl": "tiny-gemm-int8", "us": 0.1}
+    assert report.speedup([*rows, over_8_bits]) == pytest.approx(1.5)
     assert report.speedup(rows[2:]) is None
 
 
