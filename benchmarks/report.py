@@ -8,12 +8,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.attention import CACHES_8_BIT
 from benchmarks.cases import OURS
 from benchmarks.results import IDENTITY, Change
 
 LOOK = dict(title_justify="left", title_style="bold", pad_edge=False, box=box.SIMPLE_HEAD)
 CASE = [key for key in IDENTITY if key != "impl"]
-LOSSY = {f"{OURS}-int8", f"{OURS}-fp8"}  # over a KV cache of 8 bits: not what the peers compute
+LOSSY = {f"{OURS}-{name}" for name in CACHES_8_BIT}  # over a KV cache of 8 bits: not what the peers compute
 EXPLAINED = (
     "floor, roof: of the fastest tiny-gemm arm, by its bytes or its arithmetic; "
     "x peer: the time of the fastest peer, which is named, over that arm's"

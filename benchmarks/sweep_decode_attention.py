@@ -45,8 +45,6 @@ from tiny_gemm.reference import decode_attention_ref
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
-MOST_SPLITS = 64  # as in pick_config
-
 
 def candidates(
     kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts, *, quick: bool
@@ -60,7 +58,7 @@ def candidates(
     ):
         held = (tiles * itemsize + 1.5) * block_d / 4  # registers of K and V of a tile, the output and q, at least
         most = math.ceil(max_length / (16 * tiles * num_warps))  # a block without a tile only costs
-        splits = max(1, min(int(blocks * share), most, MOST_SPLITS))
+        splits = max(1, min(int(blocks * share), most, decode.MOST_SPLITS))
         if held < 255:
             found.append(DecodeAttentionConfig(splits, num_warps, tiles))
     return list(dict.fromkeys(found))

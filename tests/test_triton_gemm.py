@@ -10,15 +10,12 @@ import interpreter
 import pytest
 import torch
 from conftest import INTERPRETED, assert_close
+from test_int4_config import H100, SMALL_CHIP
 
 from tiny_gemm import int4_config, triton_gemm
-from tiny_gemm.device import DeviceFacts
 from tiny_gemm.int4_config import DecodeConfig, SplitConfig
 from tiny_gemm.quantize_utils import Int4Weight, dequantize, pack, quantize
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
-
-H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
-SMALL_CHIP = DeviceFacts("RTX 4060", (8, 9), 24, 99 * 1024, is_nvidia=True)
 
 
 def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):

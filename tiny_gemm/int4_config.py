@@ -85,8 +85,8 @@ def pick_decode_config(
     groups = 1 if group_size == -1 else unit // group_size  # a unit
     if facts.is_nvidia:
         tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-        shape = _decode_blocks(m, unit, units, tiles_per_sm, group_size, groups, symmetric, gated)
-        warp_units, warps, splits, row_tiles = shape
+        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, symmetric, gated)
+        warp_units, warps, splits, row_tiles = blocks
     else:
         warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
     if warp_units > 1 and (groups > 1 or not symmetric):  # scales and zeros take registers
@@ -103,7 +103,7 @@ def pick_decode_config(
 
 
 def _decode_blocks(
-    m: int, unit: int, units: int, tiles_per_sm: float, group_size: int, groups: int, symmetric: bool, gated: bool
+    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, symmetric: bool, gated: bool
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
@@ -119,7 +119,7 @@ def _decode_blocks(
         return 2 if groups <= 2 else 1, 4, 1, 1
     if units <= 16 and tiles_per_sm <= 3:  # one step
         return 2, 8, 1, 1 if tiles_per_sm <= 1 and few else 2
-    if 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and group_size in (128, -1):  # one step
+    if 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
     if groups > 2 and not symmetric and tiles_per_sm <= 2:
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2

@@ -39,7 +39,7 @@ from tiny_gemm.int4_config import (
 )
 from tiny_gemm.launcher import Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_parts import activate, add_warps, pdl_options, wait_for_previous
+from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, wait_for_previous
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -581,11 +581,7 @@ def store_split(
         partial_ptr += out_tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
         offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
         tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs, acc)
-        # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all
-        # of them, and it reads past L1, which may hold lines from before.
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + out_tile, 1, sem="acq_rel", scope="gpu")
-        if arrived == SPLITS - 1:
+        if arrive(counter_ptr + out_tile) == SPLITS - 1:
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             for s in tl.static_range(SPLITS):  # in one order, whoever came last
                 total += tl.load(partial_ptr + s * (BLOCK_N * BLOCK_M) + offs, cache_modifier=".cg")
@@ -735,7 +731,6 @@ def _dequantize_kernel(
 DEQUANTIZE_ROWS = 192  # more rows than this take a product in 16 bits; found at 4096 x 4096 on an H200, 2026-11-28
 DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
-
 
 _TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most rows) -> what a sweep found
 

@@ -1,4 +1,4 @@
-"""What kernels of different files share: dependent launch, prefetches, activations, sums over warps."""
+"""What kernels of different files share: dependent launch, prefetches, arrivals, activations, sums over warps."""
 
 import triton
 import triton.language as tl
@@ -43,6 +43,17 @@ def prefetch_l2(ptr, num_bytes):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Counts the block's arrival, and says how many came before.
+
+    All of the block's stores come before it, which releases them; the last block's arrival acquires all of them. That
+    block must read past L1 (".cg"), which may hold lines from before.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

@@ -62,6 +62,7 @@ from tiny_gemm.triton_fused_transformer.decode_tiles import (
 from tiny_gemm.triton_parts import pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
+MOST_SPLITS = 64  # blocks of a sequence and KV head: the last of them adds up what all have
 
 
 @triton.jit
@@ -176,13 +177,9 @@ def _decode_attention_kernel(
         begin = window_begin(length, Lmax, WINDOW)
         there = tl.maximum(start, 0)  # a block without a tile loads another's, for nothing
         last = tl.maximum(tl.minimum(length, Lmax) - 1, 0) - there
-        row = tl.cast(there, tl.int64)
-        scale_ptr = None
-        if IS_8_BIT:
-            scale_ptr = kv_scale_ptr + row * 2
         k, even, odd, scales = load_tile(
-            k_cache_ptr + row * STRIDE, v_cache_ptr + row * STRIDE, scale_ptr, last,
-            STRIDE, D, BLOCK_D, WARPS, TILES, E, E_V, False,
+            k_cache_ptr, v_cache_ptr, kv_scale_ptr, there, last, STRIDE, D,
+            BLOCK_D, WARPS, TILES, E, E_V, False,
         )  # fmt: skip
         q_new, q_pair = load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
         k_new, k_pair = load_pairs(k_ptr + new_row, d, (d < D) & (split == 0), ROPE_HALF, PAIR_IN_THREAD, E)
@@ -250,13 +247,9 @@ def _decode_attention_kernel(
         return
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
     while start >= begin // STEP * STEP:  # from the last tile to the first; all of their tokens exist
-        row = tl.cast(start, tl.int64)
-        scale_ptr = None
-        if IS_8_BIT:
-            scale_ptr = kv_scale_ptr + row * 2
         k, even, odd, scales = load_tile(
-            k_cache_ptr + row * STRIDE, v_cache_ptr + row * STRIDE, scale_ptr, STEP,
-            STRIDE, D, BLOCK_D, WARPS, TILES, E, E_V, True,
+            k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
+            BLOCK_D, WARPS, TILES, E, E_V, True,
         )  # fmt: skip
         top, total, acc = attend(
             q, q_scale, k, even, odd, scales, top, total, acc, begin - start, STEP,
@@ -306,11 +299,11 @@ def pick_config(
         tiles = min(tiles, 1 if itemsize == 1 else 2)
     if group > 16:
         tiles = 1
-    block_g = max(8, triton.next_power_of_2(group))
+    block_g = max(8, triton.next_power_of_2(group))  # the warps merge in shared memory
     e = min(16 // itemsize, block_d // 8)
     while num_warps > 1 and exchange_words(num_warps, block_g, block_d, e) > EXCHANGE_WORDS.value:
         num_warps //= 2
-    splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), 64)
+    splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), MOST_SPLITS)
     return DecodeAttentionConfig(splits, num_warps, tiles)
 
 
@@ -395,15 +388,16 @@ def decode_attention(
     if k_strides != v.stride():
         k, v = k.contiguous(), v.contiguous()  # not so for views of one QKV row
         k_strides = k.stride()
+    group = heads // kv_heads
     assert D <= 256 and heads % kv_heads == 0
     assert q_strides[2] == k_strides[2] == v.stride(2) == cache_strides[3] == 1
     rope_half = 0 if rope_cos is None else rope_cos.shape[1]
     facts = device_facts(q.device)
     window = window if window < Lmax else 0  # then it is no limit
     cached = k_cache.dtype
-    config = pick_config(kv_heads, heads // kv_heads, window or Lmax, D, cached.itemsize, facts)
+    config = pick_config(kv_heads, group, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
-    partial = scratch(q, batch * kv_heads * _partial_floats(config.num_splits, heads // kv_heads, D))
+    partial = scratch(q, batch * kv_heads * _partial_floats(config.num_splits, group, D))
     arrivals = counters(q.device, batch * kv_heads)
     if cached == torch.float8_e4m3fn:  # Triton knows e4m3 only where the GPU does
         k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)
@@ -416,7 +410,7 @@ def decode_attention(
     for n in (*q_strides[:2], *k_strides[:2], *cache_strides[:2]):
         low_bits |= n
     aligned = low_bits % 16 == 0
-    _launcher(config, stride, aligned, rope_half, heads // kv_heads, D, cached, window, softcap, eps, facts)(
+    _launcher(config, stride, aligned, rope_half, group, D, cached, window, softcap, eps, facts)(
         (config.num_splits, kv_heads, batch),
         (
             q, k, v, k_cache, v_cache, kv_scale, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks,

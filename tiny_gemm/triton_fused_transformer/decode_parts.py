@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
-from tiny_gemm.triton_parts import add_warps, prefetch_l2
+from tiny_gemm.triton_parts import add_warps, arrive, prefetch_l2
 
 
 def decode_attention_cost(grid, kernel, args) -> dict:
@@ -396,9 +396,7 @@ def finish(
     out_ptr += group * (G * D)
     out, weight = _merge_warps(top, total, acc, GROUP, LANES, E, USE_ASM, IN_SHARED)
     if splits == 1:
-        _store_output(out_ptr, out, head, G, D)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
+        _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         return
 
     weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * (NUM_SPLITS * GROUP * BLOCK_D)
@@ -408,25 +406,25 @@ def finish(
     tl.store(partial_ptr + offs, out)
     tl.store(weight_ptr + head * ALL + split, weight, mask=is_first)
 
-    # All of the block's stores come before its arrival, which releases them; the last block's arrival acquires all of
-    # them, and it reads past L1, which may hold lines from before.
-    tl.debug_barrier()
-    arrived = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel", scope="gpu")
-    if arrived == splits - 1:
+    if arrive(counter_ptr + group) == splits - 1:
         out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, R, ALL)
-        _store_output(out_ptr, out, head, G, D)
-        if lse_ptr is not None:
-            tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
+        _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         tl.store(counter_ptr + group, 0)
 
 
 @triton.jit
-def _store_output(ptr, out, head, G: tl.constexpr, D: tl.constexpr):
-    """out [R, GROUP * LANES] to [G, D]."""
+def _store_output(out_ptr, lse_ptr, out, weight, group, G: tl.constexpr, D: tl.constexpr):
+    """What _merge_warps gives: out to out_ptr [G, D], weight, as a natural logarithm, to lse_ptr [B * Hkv, G]."""
     R: tl.constexpr = out.shape[0]
     LANES: tl.constexpr = out.shape[1] // triton.next_power_of_2(G)
-    col = (tl.arange(0, out.shape[1]) % LANES * R)[None, :] + tl.arange(0, R)[:, None]
-    tl.store(ptr + head[None, :] * D + col, out.to(ptr.dtype.element_ty), mask=(head < G)[None, :] & (col < D))
+    offs_n = tl.arange(0, out.shape[1])
+    head = offs_n // LANES
+    col = (offs_n % LANES * R)[None, :] + tl.arange(0, R)[:, None]
+    mask = (head < G)[None, :] & (col < D)
+    tl.store(out_ptr + head[None, :] * D + col, out.to(out_ptr.dtype.element_ty), mask=mask)
+    if lse_ptr is not None:
+        is_first = (offs_n % LANES == 0) & (head < G)
+        tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
 
 
 @triton.jit

@@ -32,10 +32,11 @@ from tiny_gemm.triton_fused_transformer.decode_parts import fast_log2, soft_cap
 
 @triton.jit
 def load_tile(
-    k_ptr,  # of token `start` of one sequence and KV head
+    k_ptr,  # of one sequence and KV head
     v_ptr,
     scale_ptr,  # None: no scales
-    last,  # of the tokens from there
+    start,  # the tile's first token
+    last,  # what comes after it, counted from `start`, does not exist
     STRIDE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -45,8 +46,13 @@ def load_tile(
     E_V: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """(keys, values of even tokens, of odd ones, scales) of tokens 0 .. 16 * TILES * WARPS, asked for at once; unless
-    ALL, those of `last` in the place of later ones."""
+    """(keys, values of even tokens, of odd ones, scales) of 16 * TILES * WARPS tokens, asked for at once; unless ALL,
+    those of `last` in the place of later ones."""
+    row = tl.cast(start, tl.int64)
+    if scale_ptr is not None:
+        scale_ptr += row * 2
+    k_ptr += row * STRIDE
+    v_ptr += row * STRIDE
     if not ALL or E == 4:  # in the order of use
         k = _load_keys(k_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E, ALL)
     even, odd = _load_values(v_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E_V, ALL)
@@ -162,24 +168,43 @@ def _load_scales(ptr, last, WARPS: tl.constexpr, TILES: tl.constexpr, ALL: tl.co
 
 
 @triton.jit
+def _two_planes(first, second):
+    """Twice [32, WARPS, N, C, E] as [32, WARPS, N, 2, C, E]."""
+    SHAPE: tl.constexpr = first.shape
+    first = first.reshape(SHAPE[0], SHAPE[1], SHAPE[2], 1, SHAPE[3], SHAPE[4])
+    second = second.reshape(first.shape)
+    is_first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
+    return tl.where(is_first, first, second)
+
+
+@triton.jit
+def _planes_operand(planes, P: tl.constexpr):
+    """[32, WARPS, N, PLANES, C, E], loaded as keys are with heads for tokens, as [WARPS, 8 * N * PLANES, 4 * C * E],
+    columns renamed; P as _load_keys says."""
+    WARPS: tl.constexpr = planes.shape[1]
+    N: tl.constexpr = planes.shape[2]
+    PLANES: tl.constexpr = planes.shape[3]
+    C: tl.constexpr = planes.shape[4]
+    E: tl.constexpr = planes.shape[5]
+    planes = planes.reshape(8, 4, WARPS, N, PLANES, C, E // (2 * P), 2, P)  # r t warp n plane c s h e
+    return planes.permute(2, 3, 4, 0, 5, 6, 7, 1, 8).reshape(WARPS, 8 * N * PLANES, 4 * C * E)
+
+
+@triton.jit
 def queries_operand(q, zero, USE_ASM: tl.constexpr):
     """q [32, WARPS, BLOCK_G / 8, C, E], loaded as keys are with heads for tokens, as [WARPS, BLOCK_G, BLOCK_D]; of
     16 bits at least [WARPS, 16, BLOCK_D]: 8 heads stand there twice. zero: 0, but the compiler may not know it."""
-    WARPS: tl.constexpr = q.shape[1]
-    N: tl.constexpr = q.shape[2]
-    C: tl.constexpr = q.shape[3]
-    E: tl.constexpr = q.shape[4]
-    PLANES: tl.constexpr = 2 if N == 1 and q.dtype.primitive_bitwidth == 16 else 1  # what the tensor core takes
-    planes = q.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, PLANES, C, E)
-    if PLANES == 2 and USE_ASM:
-        # The product wants neighbouring registers; one for both planes would be copied into them for each product.
-        second = tl.inline_asm_elementwise(
-            "or.b32 $0, $1, $2;", "=r,r,r", [q, zero.to(tl.int16)], dtype=q.dtype, is_pure=True, pack=2
-        )
-        second = second.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
-        planes = tl.where(tl.arange(0, 2)[None, None, None, :, None, None] == 0, planes, second)
-    planes = planes.reshape(8, 4, WARPS, N, PLANES, C, E // 4, 2, 2)  # r t warp n plane c s h e
-    return planes.permute(2, 3, 4, 0, 5, 6, 7, 1, 8).reshape(WARPS, 8 * N * PLANES, 4 * C * E)
+    if q.shape[2] == 1 and q.dtype.primitive_bitwidth == 16:
+        second = q
+        if USE_ASM:
+            # The product wants neighbouring registers; one for both planes would be copied into them for each product.
+            second = tl.inline_asm_elementwise(
+                "or.b32 $0, $1, $2;", "=r,r,r", [q, zero.to(tl.int16)], dtype=q.dtype, is_pure=True, pack=2
+            )
+        planes = _two_planes(q, second)
+    else:
+        planes = q.reshape(q.shape[0], q.shape[1], q.shape[2], 1, q.shape[3], q.shape[4])
+    return _planes_operand(planes, 2)
 
 
 # PTX that turns the bytes of a word `t` into fp16: 0 and 1 into {lo}, 2 and 3 into {hi}.
@@ -232,8 +257,6 @@ def split_queries(q, FP8: tl.constexpr):
     """q fp32 [32, WARPS, BLOCK_G / 8, C, E] as (operand [WARPS, 2 * BLOCK_G, BLOCK_D], its scale [WARPS, BLOCK_G])."""
     WARPS: tl.constexpr = q.shape[1]
     N: tl.constexpr = q.shape[2]
-    C: tl.constexpr = q.shape[3]
-    E: tl.constexpr = q.shape[4]
     scale = _largest(q, 1)  # [8, WARPS, N]
     inverse = (1.0 / scale)[:, None].broadcast_to(8, 4, WARPS, N).reshape(32, WARPS, N)[:, :, :, None, None]
     if FP8:
@@ -245,12 +268,7 @@ def split_queries(q, FP8: tl.constexpr):
         first = (bits + 128 >> 8).to(tl.int8)
         second = bits.to(tl.int8)
         scale *= 1.0 / 32512.0
-    is_first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
-    first = first.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
-    second = second.reshape(32, WARPS, N, 1, C, E).broadcast_to(32, WARPS, N, 2, C, E)
-    planes = tl.where(is_first, first, second)
-    planes = planes.reshape(8, 4, WARPS, N, 2, C, E // 8, 2, 4)  # r t warp n plane c s h e
-    operand = planes.permute(2, 3, 4, 0, 5, 6, 7, 1, 8).reshape(WARPS, 16 * N, 4 * C * E)
+    operand = _planes_operand(_two_planes(first, second), 4)
     return operand, scale.permute(1, 2, 0).reshape(WARPS, 8 * N)
 
 
