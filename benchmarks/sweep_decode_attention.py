@@ -53,9 +53,7 @@ def candidates(
     found = [decode.pick_config(kv_heads, group, max_length, head_dim, itemsize, device)]
     block_d = triton.next_power_of_2(head_dim)
     blocks = max(1, device.sm_count // kv_heads)  # a KV head, for one on each SM at batch 1
-    for tiles, num_warps, share in itertools.product(
-        (1, 2, 4) if itemsize == 1 else (1, 2), (2, 4, 8), (1,) if quick else (0.5, 1, 2)
-    ):
+    for tiles, num_warps, share in itertools.product((1, 2, 4), (2, 4, 8), (1,) if quick else (0.5, 1, 2)):
         held = (tiles * itemsize + 1.5) * block_d / 4  # registers of K and V of a tile, the output and q, at least
         most = math.ceil(max_length / (16 * tiles * num_warps))  # a block without a tile only costs
         splits = max(1, min(int(blocks * share), most, decode.MOST_SPLITS))
