@@ -136,7 +136,7 @@ def compile_launch(
     signature = {name: type_ for name, type_ in signature.items() if type_ is not None}
     known = launcher.meta | constants
     constants = {name: known.get(name) for name in launcher.kernel.arg_names if name not in signature}
-    options = {name: known[name] for name in ("num_warps", "maxnreg") if name in known}
+    options = {name: known[name] for name in ("num_warps", "maxnreg", "enable_fp_fusion") if name in known}
     return compile_kernel(launcher.kernel, target, signature, constants, **options, **keywords)
 
 

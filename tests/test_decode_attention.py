@@ -273,6 +273,33 @@ def test_row_alone_has_the_bits_of_the_batch(implementation):
             assert torch.equal(alone[0].nan_to_num(), batch[b].nan_to_num())
 
 
+on_kernels = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=pytest.mark.interp), pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+
+
+@on_kernels
+@pytest.mark.parametrize("window, softcap", [(0, 0.0), (120, 30.0)])
+@pytest.mark.parametrize("D", [64, 128])
+def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device, D, window, softcap):
+    decode_attention = decode.decode_attention
+    case = Case(8, 2, 1000, (999, 0, 63, 64, 500), D=D)
+    inputs, sinks = make_inputs(case, torch.bfloat16, device), torch.randn(8, device=device)
+    config = DecodeAttentionConfig(6, num_warps=4 if device == "cuda" else 1, tiles=1)
+    monkeypatch.setattr(decode, "pick_config", lambda *_: config)
+    results = []
+    for blocks in (6, 4, 3, 2, 1):
+        monkeypatch.setattr(decode, "blocks_of", lambda *_, blocks=blocks: blocks)
+        lse = torch.empty(5, 8, device=device)
+        out = run(decode_attention, inputs, window=window, softcap=softcap, sinks=sinks, lse=lse)
+        results.append((*out, lse))
+    check_against_oracle(decode_attention, inputs, window=window, softcap=softcap, sinks=sinks)
+    for result in results[1:]:
+        for got, want in zip(result, results[0], strict=True):
+            assert torch.equal(got.nan_to_num(), want.nan_to_num())
+    assert (device_module.counters(torch.device(device), 16) == 0).all()
+
+
 @pytest.mark.interp
 @pytest.mark.parametrize(
     "case",
@@ -292,6 +319,10 @@ def test_any_order_of_arrival_gives_the_same_bits(poisoned, monkeypatch, case):
             assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
     with interpreter.threaded():
         assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
+    monkeypatch.setattr(decode, "blocks_of", lambda *_: 2)
+    for seed in range(2):
+        with interpreter.shuffled(seed):
+            assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
     assert (device_module.counters(torch.device("cpu"), 16) == 0).all()
 
 
@@ -384,7 +415,7 @@ WITH = {  # window, softcap; the optional pointers that are there
 def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, 4096, 128, 2, facts)
-    launcher = decode._launcher(config, 128, True, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
+    launcher = decode._launcher(config, True, 128, True, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
     signature = signature_of(launcher, **NO_POINTERS | pointers)
     aot.check(aot.compile_launch(launcher, target, signature, unaligned=("Lmax",)))
 
@@ -404,7 +435,7 @@ def signature_of(launcher, **more):
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, D, True, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, False, D, True, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
     aot.check(compiled, may_spill=D == 256 or group > 16)
@@ -429,20 +460,40 @@ def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
     """Triton takes shared memory to bring what it loads into order; none is declared beside it."""
     facts = aot.device_facts("sm_90")
     config = decode.pick_config(8, group, 4096, D, 2, facts)
-    launcher = decode._launcher(config, D, False, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, False, D, False, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("Lmax", unaligned))
     aot.check(compiled, vector_loads=False, may_spill=True)
     assert compiled.static_shared_memory == 0
 
 
-def check_loop(sass: str):
-    """In the loop over tiles all keys and values are asked for before the first product."""
+@pytest.mark.aot
+@pytest.mark.parametrize("D, Lmax", [(64, 2048), (128, 2048), (128, 32768)])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
+    facts = aot.device_facts(target)
+    config = decode.pick_config(8, 4, Lmax, D, 2, facts)
+    launcher = decode._launcher(config, True, D, True, D // 2, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    compiled = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("Lmax",))
+    aot.check(compiled)
+    if target == "sm_90":
+        over_splits = next(body for body in loops(compiled.assembly) if any("BAR.SYNC" in line for line in body))
+        before_meeting = "\n".join(over_splits).partition("BAR.SYNC")[0].rpartition(" BRA ")[2]
+        assert before_meeting.count(" LDG.E.128") == 8 * config.tiles * D // 64, "the next split's first tile"
+        check_arrival(compiled.assembly)
+
+
+def loops(sass: str) -> list[list[str]]:
+    """The lines of each loop."""
     lines = sass.splitlines()
     labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_x_")}
     jumps = ((labels.get(line.split("`(")[1].split(")")[0], i), i) for i, line in enumerate(lines) if " BRA `(" in line)
-    loops = [lines[start:end] for start, end in jumps if start < end]
-    body = next(body for body in reversed(loops) if any("MMA." in line for line in body))
+    return [lines[start:end] for start, end in jumps if start < end]
+
+
+def check_loop(sass: str):
+    """In the loop over tiles all keys and values are asked for before the first product."""
+    body = next(body for body in reversed(loops(sass)) if any("MMA." in line for line in body))
     assert max(i for i, line in enumerate(body) if " LDG.E.128" in line) < min(
         i for i, line in enumerate(body) if "MMA." in line
     )
@@ -466,3 +517,19 @@ def test_config_has_no_batch_and_fits():
     assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 3, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 1, 4096, 64, 2, facts).num_splits == 1
     assert decode.pick_config(1, 8, 10**6, 128, 2, facts).num_splits == 64, "the last block has to add them up"
+
+
+def test_blocks_take_turns_only_where_not_all_fit():
+    facts = aot.device_facts("sm_90")
+
+    def blocks(batch, Lmax, D=128, itemsize=2):
+        config = decode.pick_config(8, 4, Lmax, D, itemsize, facts)
+        return decode.blocks_of(config, 8 * batch, D, itemsize, facts), config.num_splits
+
+    assert blocks(1, 32768) == (32, 32)
+    assert blocks(2, 2048) == (16, 16)
+    assert blocks(4, 2048) == (8, 16)
+    assert blocks(64, 2048) == (8, 16)
+    assert blocks(8, 512, D=64) == (4, 4), "more than two blocks fit an SM"
+    assert blocks(8, 8192, itemsize=1) == (8, 16)
+    assert blocks(64, 100) == (1, 1)

@@ -21,6 +21,7 @@ from test_decode_attention import (
     lse_ref,
     make_inputs,
     norms_of,
+    on_kernels,
     parametrize_cases,
     signature_of,
 )
@@ -191,6 +192,22 @@ def test_row_alone_has_the_bits_of_the_batch(implementation, cache):  # noqa: F8
         alone = run(decode_attention, row, kv_scale[b : b + 1])
         for a, t in zip(bits(*alone), bits(*together), strict=True):
             assert torch.equal(a[0], t[b])
+
+
+@on_kernels
+@every_cache
+def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device, cache):
+    case = Case(8, 2, 1000, (999, 0, 63, 64, 500), D=128)
+    inputs, kv_scale = quantized(make_inputs(case, torch.bfloat16, device), cache)
+    config = DecodeAttentionConfig(6, num_warps=4 if device == "cuda" else 1, tiles=1)
+    monkeypatch.setattr(decode, "pick_config", lambda *_: config)
+    results = []
+    for blocks in (6, 4, 2, 1):
+        monkeypatch.setattr(decode, "blocks_of", lambda *_, blocks=blocks: blocks)
+        results.append(bits(*run(decode.decode_attention, inputs, kv_scale)))
+    check_against_oracle(decode.decode_attention, inputs, kv_scale)
+    for result in results[1:]:
+        assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
 
 
 @every_cache
@@ -408,13 +425,15 @@ def test_compiles_for(target, D, kv_heads, group, Lmax, cache):
 @pytest.mark.parametrize("window, softcap, pointers", WITH.values(), ids=WITH.keys())
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_with(target, window, softcap, pointers, cache):
-    aot.check(compile_for(target, 128, 8, 4, 4096, cache, window, softcap, **pointers))
+    aot.check(compile_for(target, 128, 8, 4, 4096, cache, window, softcap, in_turns=True, **pointers))
 
 
-def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, **pointers):
+def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, in_turns=False, **pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
-    launcher = decode._launcher(config, D, True, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts)
+    launcher = decode._launcher(
+        config, in_turns, D, True, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts
+    )
     caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
     signature = signature_of(launcher, **NO_POINTERS | caches | pointers)
     return aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))

@@ -46,14 +46,14 @@ def prefetch_l2(ptr, num_bytes):
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Counts the block's arrival, and says how many came before.
+def arrive(counter_ptr, parts=1):
+    """Counts the block's arrival with `parts` of the work, and says how many came before.
 
     All of the block's stores come before it, which releases them; the last block's arrival acquires all of them. That
     block must read past L1 (".cg"), which may hold lines from before.
     """
     tl.debug_barrier()
-    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
+    return tl.atomic_add(counter_ptr, parts, sem="acq_rel", scope="gpu")
 
 
 @triton.jit

@@ -5,18 +5,21 @@
     positions 0 .. lengths[b] -> [B, Hq, D]
 
 Flash-decoding (Dao et al., 2023). The tokens of a sequence are cut into tiles, 16 * TILES tokens for each of a block's
-WARPS warps; up to NUM_SPLITS blocks a KV head take the tiles in turn, from the last to the first, and the query heads
-of a group (G = Hq / Hkv) share what a block reads. K and V go from global memory straight into the registers from
-which the tensor core reads them, 16 bytes a thread, with no shared memory in between (decode_tiles.py says how, and
-what differs over a cache of 8 bits). Every warp keeps a softmax of its own, so that no warp waits for another before
-the end, where they meet once. At these sizes instructions are time: a block lives for a few microseconds, with one or
-two warps for each scheduler.
+WARPS warps; up to NUM_SPLITS splits take the tiles in turn, from the last to the first. A block does one split of one
+KV head, or, in batches that do not fit on the chip at once, two one after the other; the query heads of a group
+(G = Hq / Hkv) share what it reads. K and V go from global memory straight into the registers from which the tensor core
+reads them, 16 bytes a thread, with no shared memory in between (decode_tiles.py says how, and what differs over a cache
+of 8 bits). Every warp keeps a softmax of its own, so that no warp waits for another before the end of a split, where
+they meet once. At these sizes instructions are time: a block lives for a few microseconds, with one or two warps for
+each scheduler.
 
-Where the tiles lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
-results are added in a fixed order: a row has the same bits alone and in any batch. The blocks of a (sequence, KV head)
-count their arrival; the last one adds the partials up and zeroes the counter again. Nobody waits for anybody.
+Where the splits lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
+results are added in a fixed order: a row has the same bits alone and in any batch, by whichever block and loop a split
+was done (which is why the kernel writes its fused multiply-adds out, and the compiler may add none). The blocks of a
+(sequence, KV head) count the splits that they have done; the last one adds the partials up and zeroes the counter
+again. Nobody waits for anybody.
 
-The first block has the last tile, and with it the new token: it uses k and v from its registers, rounded as the cache
+The first split has the last tile, and with it the new token: it uses k and v from its registers, rounded as the cache
 rounds them, and stores them; nobody reads that position.
 
 With programmatic dependent launch a block reads its sequence's length, and asks L2 for its first tile, while the kernel
@@ -38,6 +41,7 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     EXCHANGE_WORDS,
     decode_attention_cost,
     early_length,
+    exchange_buffer,
     exchange_words,
     finish,
     first_tile,
@@ -45,11 +49,12 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     load_pairs,
     load_vectors,
     norm_pairs,
-    num_blocks,
+    num_splits,
     prefetch_row,
     rope_row,
     rotate,
     start_softmax,
+    store_partial,
     window_begin,
 )
 from tiny_gemm.triton_fused_transformer.decode_tiles import (
@@ -112,6 +117,7 @@ def _decode_attention_kernel(
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
+    IN_TURNS: tl.constexpr,  # there are fewer blocks than splits
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -242,30 +248,54 @@ def _decode_attention_kernel(
             )  # fmt: skip
 
     begin = window_begin(length, Lmax, WINDOW)
-    splits = num_blocks(length, Lmax, begin, STEP, NUM_SPLITS)
+    splits = num_splits(length, Lmax, begin, STEP, NUM_SPLITS)
     if split >= splits:
         return
+    exchange = None
+    if MERGE_IN_SHARED:
+        exchange = exchange_buffer(WARPS, BLOCK_G, BLOCK_D, E_V)
+    done = 1
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
-    while start >= begin // STEP * STEP:  # from the last tile to the first; all of their tokens exist
-        k, even, odd, scales = load_tile(
-            k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
-            BLOCK_D, WARPS, TILES, E, E_V, True,
-        )  # fmt: skip
-        top, total, acc = attend(
-            q, q_scale, k, even, odd, scales, top, total, acc, begin - start, STEP,
-            SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
-        )  # fmt: skip
-        start -= splits * STEP
+    go_on = split < splits
+    while go_on:  # a split; only one if not IN_TURNS
+        while start >= begin // STEP * STEP:  # from its second tile from the end to its first; all tokens exist
+            k, even, odd, scales = load_tile(
+                k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
+                BLOCK_D, WARPS, TILES, E, E_V, True,
+            )  # fmt: skip
+            top, total, acc = attend(
+                q, q_scale, k, even, odd, scales, top, total, acc, begin - start, STEP,
+                SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
+            )  # fmt: skip
+            start -= splits * STEP
+        go_on = IN_TURNS & (split + tl.num_programs(0) < splits)
+        if go_on:
+            start = first_tile(length, split + tl.num_programs(0), Lmax, STEP)
+            k, even, odd, scales = load_tile(
+                k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
+                BLOCK_D, WARPS, TILES, E, E_V, True,
+            )  # fmt: skip
+            # While the next split's first tile is on its way, the warps meet over this one.
+            store_partial(top, total, acc, exchange, partial_ptr, batch, kv_head, split, G, NUM_SPLITS, E_V, USE_ASM)
+            tl.debug_barrier()  # what they met through is free again
+            top, total = start_softmax(None, kv_head, split, G, WARPS, BLOCK_G, 0.0)
+            top, total, acc = attend(
+                q, q_scale, k, even, odd, scales, top, total, None, begin - start, STEP,
+                SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
+            )  # fmt: skip
+            start -= splits * STEP
+            split += tl.num_programs(0)
+            done += 1
 
     finish(
-        top, total, acc, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits,
-        G, D, NUM_SPLITS, E_V, USE_ASM, MERGE_IN_SHARED,
+        top, total, acc, exchange, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits, done,
+        G, D, NUM_SPLITS, E_V, USE_ASM,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class DecodeAttentionConfig:
-    num_splits: int  # the most blocks that share a sequence and KV head
+    num_splits: int  # the most parts into which a sequence and KV head are cut
     num_warps: int
     tiles: int  # of 16 tokens that a warp takes at once
 
@@ -274,7 +304,7 @@ class DecodeAttentionConfig:
 def pick_config(
     kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
 ) -> DecodeAttentionConfig:
-    """One or two blocks an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
+    """One or two splits an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
     max_length is the cache's, or the window if that is less.
 
     Swept on an H200, 2026-11-29 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again): 32 query
@@ -295,16 +325,36 @@ def pick_config(
             tiles = 2 if max_length <= 16384 else 1
         else:
             tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
+    elif block_d > 64 and 128 < max_length <= 32 * splits:
+        tiles = 1
+    elif block_d <= 64 and max_length > 1024 and max_length >= 128 * splits:
+        tiles = 4
     if not device.is_nvidia or group > 8:  # more rows of queries fill registers
         tiles = min(tiles, 1 if itemsize == 1 else 2)
     if group > 16:
         tiles = 1
     block_g = max(8, triton.next_power_of_2(group))  # the warps merge in shared memory
     e = min(16 // itemsize, block_d // 8)
-    while num_warps > 1 and exchange_words(num_warps, block_g, block_d, e) > EXCHANGE_WORDS.value:
+    while num_warps > 1 and exchange_words(num_warps, block_g, block_d, e) > EXCHANGE_WORDS:
         num_warps //= 2
     splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), MOST_SPLITS)
     return DecodeAttentionConfig(splits, num_warps, tiles)
+
+
+@cache
+def blocks_of(config: DecodeAttentionConfig, heads: int, head_dim: int, itemsize: int, device: DeviceFacts) -> int:
+    """How many blocks do the splits of each of `heads` pairs of a sequence and a KV head: one each where the chip has
+    room for all at once, else half as many. The bits are the same.
+
+    A block that goes on is faster than another that begins: its next loads are on their way while its warps meet. With
+    four splits a block, batches of one length gain some per cent more, but with fewer blocks the longest sequence of a
+    batch is waited for.
+    """
+    per_sm = 2  # blocks of 4 warps, by their registers
+    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2:
+        per_sm = 5 - config.tiles
+    fits = config.num_splits * heads <= per_sm * 4 // config.num_warps * device.sm_count
+    return config.num_splits if fits else triton.cdiv(config.num_splits, 2)
 
 
 @cache
@@ -317,6 +367,7 @@ def _partial_floats(num_splits: int, group: int, head_dim: int) -> int:
 @cache
 def _launcher(
     config: DecodeAttentionConfig,
+    in_turns: bool,
     stride: int,
     aligned: bool,
     rope_half: int,
@@ -328,6 +379,10 @@ def _launcher(
     eps: float,
     facts: DeviceFacts,
 ) -> Launcher:
+    block_d, e = triton.next_power_of_2(head_dim), 16 // cached.itemsize
+    block_g = max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group))  # what the tensor core takes
+    use_asm = facts.is_nvidia and cached.itemsize <= 2
+    words = exchange_words(config.num_warps, block_g, block_d, min(e, block_d // 8))
     meta = {
         "STRIDE": stride,
         "ROPE_HALF": rope_half,
@@ -337,16 +392,18 @@ def _launcher(
         "SOFTCAP": softcap,
         "WINDOW": window,
         "NUM_SPLITS": config.num_splits,
+        "IN_TURNS": in_turns,
         "WARPS": config.num_warps,
         "TILES": config.tiles,
-        "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
-        "BLOCK_D": triton.next_power_of_2(head_dim),
-        "E": 16 // cached.itemsize,
+        "BLOCK_G": block_g,
+        "BLOCK_D": block_d,
+        "E": e,
         # Of rows that begin elsewhere, and of float32, Triton brings the tiles into order through much shared memory.
-        "MERGE_IN_SHARED": aligned and cached.itemsize <= 2,
+        "MERGE_IN_SHARED": aligned and use_asm and words <= EXCHANGE_WORDS,
         "FP8": cached == torch.float8_e4m3fn,
         "HAS_E4M3": facts.is_nvidia and facts.capability >= (8, 9),
-        "USE_ASM": facts.is_nvidia and cached.itemsize <= 2,
+        "USE_ASM": use_asm,
+        "enable_fp_fusion": False,  # see the module
         "num_warps": config.num_warps,
         **pdl_options(facts),
     }
@@ -410,8 +467,10 @@ def decode_attention(
     for n in (*q_strides[:2], *k_strides[:2], *cache_strides[:2]):
         low_bits |= n
     aligned = low_bits % 16 == 0
-    _launcher(config, stride, aligned, rope_half, group, D, cached, window, softcap, eps, facts)(
-        (config.num_splits, kv_heads, batch),
+    blocks = blocks_of(config, batch * kv_heads, D, cached.itemsize, facts)
+    in_turns = blocks < config.num_splits
+    _launcher(config, in_turns, stride, aligned, rope_half, group, D, cached, window, softcap, eps, facts)(
+        (blocks, kv_heads, batch),
         (
             q, k, v, k_cache, v_cache, kv_scale, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks,
             partial, arrivals, out, lse,

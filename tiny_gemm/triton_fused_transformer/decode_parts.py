@@ -155,11 +155,11 @@ def rotate(x, y, d, cos, sin, ROPE_HALF: tl.constexpr, IN_THREAD: tl.constexpr, 
         pairs = tl.flip(halves, 3)
         first = tl.arange(0, 2)[None, None, None, :, None, None] == 0
         cos, sin = cos[:, :, :, None, :, :], sin[:, :, :, None, :, :]
-        return (halves * cos + tl.where(first, -pairs, pairs) * sin).reshape(x.shape)
+        return tl.fma(halves, cos, tl.where(first, -pairs, pairs) * sin).reshape(x.shape)
     else:
         y = y.to(tl.float32)
         cols = d[:, :, :, :, None] + tl.arange(0, E)
-        return tl.where(cols < 2 * ROPE_HALF, x * cos + tl.where(cols < ROPE_HALF, -y, y) * sin, x)
+        return tl.where(cols < 2 * ROPE_HALF, tl.fma(x, cos, tl.where(cols < ROPE_HALF, -y, y) * sin), x)
 
 
 @triton.jit
@@ -231,8 +231,8 @@ def window_begin(length, Lmax, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def num_blocks(length, Lmax, begin, STEP: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    """How many blocks of a sequence and KV head have a tile, of those whose tokens count from `begin` on."""
+def num_splits(length, Lmax, begin, STEP: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """How many splits of a sequence and KV head have a tile, of those whose tokens count from `begin` on."""
     return tl.minimum(tl.cdiv(tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
 
 
@@ -271,12 +271,19 @@ def exchange_words(warps: int, block_g: int, block_d: int, e: int) -> int:
 
 # At most: a kernel may take 48 KiB that it does not ask the driver for, and Triton takes up to 4 of them, where it does
 # not have to bring what it loads into another order.
-EXCHANGE_WORDS = tl.constexpr(11 * 1024)
+EXCHANGE_WORDS = 11 * 1024
 
 
 @triton.constexpr_function
 def _buffer_asm(words: int) -> str:
     return f"{{ .shared .align 16 .b32 exchange[{words}]; mov.u32 $0, exchange; }}"
+
+
+@triton.jit
+def exchange_buffer(WARPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr):
+    """The address of the shared memory for _merge_warps. (Each call takes more of it.)"""
+    WORDS: tl.constexpr = exchange_words(WARPS, BLOCK_G, BLOCK_D, E)
+    return tl.inline_asm_elementwise(_buffer_asm(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
@@ -298,14 +305,14 @@ def _merge_warps(
     top,  # [WARPS, BLOCK_G]
     total,
     acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    exchange,
     GROUP: tl.constexpr,
     LANES: tl.constexpr,
     E: tl.constexpr,
     USE_ASM: tl.constexpr,
-    IN_SHARED: tl.constexpr,
 ):
     """The block's output, fp32 [R, GROUP * LANES], and log2 of the sum of its softmax, [GROUP * LANES]; with one
-    exchange through shared memory of its own, or (IN_SHARED false) through Triton's, with many.
+    exchange through what exchange_buffer gave or, where that is None, through Triton's shared memory, with many.
 
     Factors are squares of what exp2 gives: over 8 bits a total that counts may have to shrink by more than the
     smallest float32.
@@ -315,21 +322,19 @@ def _merge_warps(
     BLOCK_G: tl.constexpr = acc.shape[2]
     R: tl.constexpr = BLOCK_D // LANES
     ROW: tl.constexpr = _exchange_row(BLOCK_D, E)
-    WORDS: tl.constexpr = exchange_words(WARPS, BLOCK_G, BLOCK_D, E)
-    if USE_ASM and IN_SHARED and WORDS <= EXCHANGE_WORDS:
-        base = tl.inline_asm_elementwise(_buffer_asm(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    if exchange is not None:
         warp = tl.arange(0, WARPS)[:, None]
         head = tl.arange(0, BLOCK_G)[None, :]
         # Column 8 E c + E r + j, with a gap behind each 32, which the loads of values call 8 E c + 8 j + r.
         col = tl.arange(0, BLOCK_D)[None, :, None]
         r = col % 8 * E
         col = col // (8 * E) * (8 * E + E // 4) + (r + r // 32) + col % (8 * E) // 8
-        _store_shared(base + ((warp * BLOCK_G + head)[:, None, :] * ROW + col) * 4, acc)
-        stats = base + (WARPS * BLOCK_G * ROW + (warp * BLOCK_G + head) * 2) * 4
+        _store_shared(exchange + ((warp * BLOCK_G + head)[:, None, :] * ROW + col) * 4, acc)
+        stats = exchange + (WARPS * BLOCK_G * ROW + (warp * BLOCK_G + head) * 2) * 4
         _store_shared(stats, top)
         _store_shared(stats + 4, total)
         base = tl.inline_asm_elementwise(
-            "bar.sync 0; mov.u32 $0, $1;", "=r,r", [base], dtype=tl.int32, is_pure=False, pack=1
+            "bar.sync 0; mov.u32 $0, $1;", "=r,r", [exchange], dtype=tl.int32, is_pure=False, pack=1
         )
         offs_n = tl.arange(0, GROUP * LANES)[None, :]
         head, col = offs_n // LANES, offs_n % LANES * R + tl.arange(0, R)[:, None]
@@ -341,8 +346,10 @@ def _merge_warps(
         out = tl.zeros([R, GROUP * LANES], tl.float32)
         for w in tl.static_range(WARPS):
             half = tl.exp2((_load_shared(stats + w * (BLOCK_G * 8)) - block_top) * 0.5)
-            block_total += _load_shared(stats + (w * (BLOCK_G * 8) + 4)) * half * half
-            out += _load_shared(base + ((w * BLOCK_G + head) * ROW + col + col // 32) * 4) * (half * half)
+            total = _load_shared(stats + (w * (BLOCK_G * 8) + 4))
+            block_total = tl.fma(total * half, half, block_total)
+            acc = _load_shared(base + ((w * BLOCK_G + head) * ROW + col + col // 32) * 4)
+            out = tl.fma(acc, (half * half).broadcast_to(acc.shape), out)
         weight = (block_top + fast_log2(block_total, USE_ASM)).reshape(GROUP * LANES)
         return out * (1.0 / block_total), weight
     else:
@@ -364,10 +371,57 @@ def _first(x):
 
 
 @triton.jit
+def store_partial(
+    top,  # [WARPS, BLOCK_G]
+    total,  # the sum of a warp's softmax is total * 2 ** top
+    acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    exchange,  # see _merge_warps
+    partial_ptr,  # see finish
+    batch,
+    kv_head,
+    split,
+    G: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    E: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Stores what a block has of a split, for the last of the blocks to add up."""
+    GROUP: tl.constexpr = triton.next_power_of_2(G)
+    LANES: tl.constexpr = _lanes(32 * acc.shape[0], GROUP, acc.shape[1])
+    out, weight = _merge_warps(top, total, acc, exchange, GROUP, LANES, E, USE_ASM)
+    out_at, weight_at = _partials(partial_ptr, batch, kv_head, NUM_SPLITS, GROUP, acc.shape[1])
+    _store_split(out_at, weight_at, out, weight, split, G, NUM_SPLITS)
+
+
+@triton.jit
+def _partials(partial_ptr, batch, kv_head, NUM_SPLITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Where the partial outputs of a sequence and KV head lie, and their weights."""
+    group = batch * tl.num_programs(1) + kv_head
+    groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
+    weight_ptr = partial_ptr + groups * (NUM_SPLITS * GROUP * BLOCK_D)
+    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
+    return partial_ptr + group * (NUM_SPLITS * GROUP * BLOCK_D), weight_ptr + group * (GROUP * ALL)
+
+
+@triton.jit
+def _store_split(partial_ptr, weight_ptr, out, weight, split, G: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """What _merge_warps gives, to where _partials says."""
+    R: tl.constexpr = out.shape[0]
+    N: tl.constexpr = out.shape[1]
+    LANES: tl.constexpr = N // triton.next_power_of_2(G)
+    offs_n = tl.arange(0, N)
+    head = offs_n // LANES
+    tl.store(partial_ptr + (split * N + offs_n)[None, :] * R + tl.arange(0, R)[:, None], out)
+    is_first = (offs_n % LANES == 0) & (head < G)
+    tl.store(weight_ptr + head * triton.next_power_of_2(NUM_SPLITS) + split, weight, mask=is_first)
+
+
+@triton.jit
 def finish(
     top,  # [WARPS, BLOCK_G]
     total,  # the sum of a warp's softmax is total * 2 ** top
     acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    exchange,  # see _merge_warps
     partial_ptr,  # [B, Hkv, NUM_SPLITS, GROUP, BLOCK_D] fp32, then [B, Hkv, GROUP, ALL] fp32 log2 of their weights
     counter_ptr,  # [B, Hkv]
     out_ptr,
@@ -376,38 +430,29 @@ def finish(
     kv_head,
     split,
     splits,
+    done,  # how many of them this block has done
     G: tl.constexpr,
     D: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     E: tl.constexpr,  # of the values
     USE_ASM: tl.constexpr,
-    IN_SHARED: tl.constexpr,  # the warps may meet in shared memory that Triton does not plan with
 ):
-    """Stores the output of the only block of a sequence and KV head, or a partial one; the last block adds them up."""
+    """Stores the output of the only split of a sequence and KV head, or a partial one; the last block adds them up."""
     GROUP: tl.constexpr = triton.next_power_of_2(G)
-    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
     BLOCK_D: tl.constexpr = acc.shape[1]
     LANES: tl.constexpr = _lanes(32 * acc.shape[0], GROUP, BLOCK_D)
-    R: tl.constexpr = BLOCK_D // LANES
-    offs_n = tl.arange(0, GROUP * LANES)
-    head, offs_r = offs_n // LANES, tl.arange(0, R)
-    is_first = (offs_n % LANES == 0) & (head < G)
     group = batch * tl.num_programs(1) + kv_head
     out_ptr += group * (G * D)
-    out, weight = _merge_warps(top, total, acc, GROUP, LANES, E, USE_ASM, IN_SHARED)
+    out, weight = _merge_warps(top, total, acc, exchange, GROUP, LANES, E, USE_ASM)
     if splits == 1:
         _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         return
 
-    weight_ptr = partial_ptr + tl.num_programs(2).to(tl.int64) * tl.num_programs(1) * (NUM_SPLITS * GROUP * BLOCK_D)
-    weight_ptr += group * (GROUP * ALL)
-    partial_ptr += group * (NUM_SPLITS * GROUP * BLOCK_D)
-    offs = (split * (GROUP * LANES) + offs_n)[None, :] * R + offs_r[:, None]
-    tl.store(partial_ptr + offs, out)
-    tl.store(weight_ptr + head * ALL + split, weight, mask=is_first)
-
-    if arrive(counter_ptr + group) == splits - 1:
-        out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, R, ALL)
+    partial_ptr, weight_ptr = _partials(partial_ptr, batch, kv_head, NUM_SPLITS, GROUP, BLOCK_D)
+    _store_split(partial_ptr, weight_ptr, out, weight, split, G, NUM_SPLITS)
+    if arrive(counter_ptr + group, done) == splits - done:
+        ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
+        out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, BLOCK_D // LANES, ALL)
         _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         tl.store(counter_ptr + group, 0)
 
@@ -468,8 +513,9 @@ def _add_partials(
         new_top = tl.maximum(top, tl.max(weight, 1))
         factor = tl.exp2(weight - new_top[:, None])
         rescale = tl.exp2(top - new_top)
-        total = total * rescale + tl.sum(factor, 1)
-        acc = acc * rescale[:, None, None] + tl.sum(partial * factor[:, :, None, None], 1)
+        total = tl.fma(total, rescale, tl.sum(factor, 1))
+        sums = tl.sum(partial * factor[:, :, None, None], 1)
+        acc = tl.fma(acc, rescale[:, None, None].broadcast_to(acc.shape), sums)
         top = new_top
     out = (acc * (1.0 / total)[:, None, None]).reshape(N, R).permute(1, 0)
     return out, top + tl.log2(total)
