@@ -56,24 +56,60 @@ def pick_config(
         # A narrower tile of x saves loads, unless it gets too small for the pipeline.
         narrowest = 16 if not facts.is_nvidia else 8 if unit == 64 else 2
         block_m = max(narrowest, triton.next_power_of_2(m))
-        block_n = 32 if block_m == 2 else 64
-        stages = 2 if not facts.is_nvidia else 4 if block_m == 16 else 3
-        return SplitConfig(block_n, block_m, 1, block_n // 32, stages)
-    step = 2 * unit if group_size == unit else unit  # whole pairs of groups
-    # The products of 64 rows, two units and their sums of x overflow the registers, and on sm_100 the tensor memory.
-    block_m = 32 if m <= 32 or (step > unit and not symmetric) else 64
-    blocks = triton.cdiv(n, 64) * triton.cdiv(m, block_m)
-    splits = _splits(2 * facts.sm_count // blocks, triton.cdiv(k, step))
+        if not facts.is_nvidia:
+            return SplitConfig(64, block_m, 1, 2, 2)
+        block_n = {2: 32, 4: 64}.get(block_m, 128)
+        return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
+    return _many_rows_config(m, n, triton.cdiv(k, unit), symmetric, facts)
+
+
+def _many_rows_config(m: int, n: int, units: int, symmetric: bool, facts: DeviceFacts) -> SplitConfig:
+    """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md.
+
+    Two kinds of blocks: narrow ones, of which three or four fit an SM, and wide ones, which read x half as often. The
+    sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128.
+    """
+    sms, in_registers = facts.sm_count, facts.capability < (10, 0)
+    rows = 32 if m <= 32 or not (symmetric or in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
-    return SplitConfig(64, block_m, splits, num_warps=4, stages=stages)
+    narrow = _cut_k(SplitConfig(64, rows, 1, 4, stages), m, n, units, 3 * sms)
+    if not facts.is_nvidia:
+        return narrow
+    if m <= 32:
+        return narrow if triton.cdiv(n, 64) <= 3 * sms else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
+    room = sms if m <= 128 else 2 * sms
+    wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, room)
+    if 64 < m <= 128 and symmetric and in_registers:
+        tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, room)  # unpacks W once
+        wide = tall if units >= 16 * tall.splits else wide
+    filled = _filled(wide, m, n, room)
+    fits = _blocks(narrow, m, n) <= 3 * sms
+    return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
-def _splits(wanted: int, steps: int) -> int:
-    """The power of two below `wanted` that leaves each block two steps or more, and at most 8."""
-    splits = 1
-    while 2 * splits <= min(wanted, steps // 2, 8):
+def most_rows(group_size: int, k: int, symmetric: bool) -> int:
+    """With more rows of x than this, W is dequantized once for a product in 16 bits. Found on an H200, 2026-11-29."""
+    if unit_k(k) > group_size != -1:  # more scales, more sums
+        return 192 if symmetric else 64
+    return 256 if symmetric else 128
+
+
+def _blocks(config: SplitConfig, m: int, n: int) -> int:
+    return triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m) * config.splits
+
+
+def _cut_k(config: SplitConfig, m: int, n: int, units: int, room: int) -> SplitConfig:
+    """With as many splits, a power of two up to 8, as leave `room` for all blocks at once and each 4 units or more."""
+    blocks, splits = _blocks(config, m, n), 1
+    while 2 * splits <= min(room // blocks, units // 4, 8):
         splits *= 2
-    return splits
+    return dataclasses.replace(config, splits=splits)
+
+
+def _filled(config: SplitConfig, m: int, n: int, room: int) -> float:
+    """How much of the waves, of `room` blocks each, the blocks fill."""
+    blocks = _blocks(config, m, n)
+    return blocks / (triton.cdiv(blocks, room) * room)
 
 
 def pick_decode_config(

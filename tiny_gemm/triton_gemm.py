@@ -12,7 +12,7 @@ batch of 8 costs what a batch of 1 costs. There are two kernels:
   memory.
 
 Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
-sums. With more than DEQUANTIZE_ROWS rows W is dequantized once, and the product is cuBLAS's.
+sums. With more than most_rows() rows W is dequantized once, and the product is cuBLAS's.
 
 Sums are added in a fixed order, whoever comes last: a row's bits do not depend on its batch, up to DECODE_ROWS rows.
 `int4_tile` is what the fused FFN is made of: K split over the warps of a block.
@@ -33,6 +33,7 @@ from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
     SplitConfig,
+    most_rows,
     pick_config,
     pick_decode_config,
     read_table,
@@ -583,8 +584,13 @@ def store_split(
         tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs, acc)
         if arrive(counter_ptr + out_tile) == SPLITS - 1:
             total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for s in tl.static_range(SPLITS):  # in one order, whoever came last
-                total += tl.load(partial_ptr + s * (BLOCK_N * BLOCK_M) + offs, cache_modifier=".cg")
+            partial_ptrs = partial_ptr + offs
+            if BLOCK_N * BLOCK_M < 128 * 128:  # in one order, whoever came last
+                for s in tl.static_range(SPLITS):
+                    total += tl.load(partial_ptrs + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+            else:  # without all of them in registers
+                for s in tl.range(SPLITS, num_stages=1):
+                    total += tl.load(partial_ptrs + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
             store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
             tl.store(counter_ptr + out_tile, 0)
 
@@ -617,11 +623,9 @@ def _int4_gemm_kernel(
     COLS: tl.constexpr = UNIT // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     HAS_ZEROS: tl.constexpr = z_ptr is not None
-    STEP: tl.constexpr = 2 if GROUP_SIZE == UNIT else 1  # units at a time: two groups or more
-    PAIRS: tl.constexpr = STEP * UNIT // GROUP_SIZE // 2  # a step; unused per channel
+    GROUPS: tl.constexpr = UNIT // GROUP_SIZE  # a unit; unused per channel
     units = tl.cdiv(K, UNIT)
-    steps = tl.cdiv(units, STEP)
-    per_split = tl.cdiv(steps, SPLITS)
+    per_split = tl.cdiv(units, SPLITS)
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
@@ -633,46 +637,46 @@ def _int4_gemm_kernel(
     offs_c = tl.arange(0, COLS)
     tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)  # rows past N repeat the last tile
     w_ptrs = w_ptr + (tile * units * (16 * COLS) + (offs_n % 16) * COLS)[:, None] + offs_c[None, :]  # [BLOCK_N, COLS]
-    s_rows = (tile if GROUP_SIZE == -1 else tile * steps * PAIRS) * 16 + offs_n % 16  # [BLOCK_N]
+    s_rows = (tile if GROUP_SIZE == -1 else tile * tl.cdiv(units * GROUPS, 2)) * 16 + offs_n % 16  # [BLOCK_N]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_c[:, None]  # [COLS, BLOCK_M]
     ones = tl.full([BLOCK_N, COLS], 1.0, DTYPE)
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for i in tl.range(0, per_split, num_stages=STAGES):
-        step = split * per_split + i  # past the end: clamped, and multiplied by x = 0
-        pair = tl.minimum(step, steps - 1) * PAIRS
-        for u in tl.static_range(STEP):
-            unit = step * STEP + u
-            packed = tl.load(w_ptrs + tl.minimum(unit, units - 1) * (16 * COLS))  # [BLOCK_N, COLS] int16
-            partial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for plane in tl.static_range(4):
-                k = unit * UNIT + plane * COLS
-                mask_x = (offs_m < M)[None, :] & (k + offs_c < K)[:, None]
-                x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [COLS, BLOCK_M]
-                partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
-                if HAS_ZEROS:
-                    x_sum = tl.dot(ones, x, x_sum)
-                if GROUP_SIZE != -1:
-                    if (plane + 1) * COLS % GROUP_SIZE == 0:  # a group ends here
-                        if (u * UNIT + plane * COLS) // GROUP_SIZE % 2 == 0:  # the first of a pair
-                            s_offs = s_rows + (pair + (u * UNIT + plane * COLS) // GROUP_SIZE // 2) * 16  # [BLOCK_N]
-                            scale, next_scale = _load_pair(s_ptr, s_offs)
-                            if HAS_ZEROS:
-                                zero, next_zero = _split_pairs(
-                                    tl.load(_pair_ptr(z_ptr) + s_offs), z_ptr.dtype.element_ty
-                                )
-                        else:
-                            scale = next_scale
-                            if HAS_ZEROS:
-                                zero = next_zero
+        unit = split * per_split + i
+        there = tl.minimum(unit, units - 1)  # past the end: the last, multiplied by x = 0
+        packed = tl.load(w_ptrs + there * (16 * COLS))  # [BLOCK_N, COLS] int16
+        partial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for plane in tl.static_range(4):
+            k = unit * UNIT + plane * COLS
+            mask_x = (offs_m < M)[None, :] & (k + offs_c < K)[:, None]
+            x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [COLS, BLOCK_M]
+            partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
+            if HAS_ZEROS:
+                x_sum = tl.dot(ones, x, x_sum)
+            if GROUP_SIZE != -1:
+                if (plane + 1) * COLS % GROUP_SIZE == 0:  # a group ends here
+                    if GROUPS == 1 or plane * COLS // GROUP_SIZE % 2 == 0:
+                        s_offs = s_rows + (there * GROUPS + plane * COLS // GROUP_SIZE) // 2 * 16  # [BLOCK_N]
+                        scale, next_scale = _load_pair(s_ptr, s_offs)
                         if HAS_ZEROS:
-                            partial -= ((zero - 8.0) * (1.0 / UNPACKED))[:, None] * x_sum
-                            x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-                        acc += scale[:, None] * partial
-                        partial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            if GROUP_SIZE == -1:
-                acc += partial
+                            zero, next_zero = _split_pairs(tl.load(_pair_ptr(z_ptr) + s_offs), z_ptr.dtype.element_ty)
+                        if GROUPS == 1:  # which of the pair
+                            scale = tl.where(there % 2 == 0, scale, next_scale)
+                            if HAS_ZEROS:
+                                zero = tl.where(there % 2 == 0, zero, next_zero)
+                    else:
+                        scale = next_scale
+                        if HAS_ZEROS:
+                            zero = next_zero
+                    if HAS_ZEROS:
+                        partial -= ((zero - 8.0) * (1.0 / UNPACKED))[:, None] * x_sum
+                        x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+                    acc += scale[:, None] * partial
+                    partial = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        if GROUP_SIZE == -1:
+            acc += partial
     acc *= UNPACKED
     if GROUP_SIZE == -1:
         if HAS_ZEROS:
@@ -728,7 +732,6 @@ def _dequantize_kernel(
 # Configuration and launcher
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEQUANTIZE_ROWS = 192  # more rows than this take a product in 16 bits; found at 4096 x 4096 on an H200, 2026-11-28
 DEQUANTIZE_UNITS = 4  # of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
 
@@ -843,7 +846,7 @@ def int4_gemm(
     if bias is not None:
         bias = bias.contiguous()
     check_aligned(packed=packed, scales=scales, zeros=zeros)
-    if m > DEQUANTIZE_ROWS and config is None:
+    if config is None and m > most_rows(group_size, k, zeros is None):
         return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
