@@ -6,7 +6,7 @@ import aot
 import pytest
 
 from tiny_gemm.device import DeviceFacts
-from tiny_gemm.int4_config import DecodeConfig, pick_config, pick_decode_config, read_table, stage_bytes
+from tiny_gemm.int4_config import DecodeConfig, most_rows, pick_config, pick_decode_config, read_table, stage_bytes
 from tiny_gemm.quantize_utils import unit_k
 
 H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
@@ -46,6 +46,21 @@ def test_decode_blocks_keep_the_rules(group_size, symmetric, gated, facts):
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, symmetric, gated) * c.warps * c.warp_units * c.row_tiles
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
+
+
+@pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+def test_blocks_of_many_rows_keep_the_rules(symmetric, facts):
+    """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
+    for k in (100, 576, 2048, 4096, 14336):
+        for n in (17, 1536, 4096, 28672, 128256):
+            for m in (17, 32, 33, 64, 65, 128, 129, 256, 4096):
+                c = pick_config(m, n, k, 32 if k % 128 else 128, symmetric, facts)
+                assert c.block_n * c.block_m <= 64 * 32 * c.num_warps and c.block_m < 2 * max(m, 32)
+                blocks = -(-n // c.block_n) * -(-m // c.block_m)
+                if c.splits > 1:
+                    assert c.splits * 4 <= -(-k // unit_k(k)) and blocks * c.splits <= 4 * facts.sm_count
+    assert most_rows(128, 4096, True) > most_rows(32, 4096, True) > most_rows(128, 4096, False)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,15 @@ def test_gated_matches_the_oracle_on_a_gpu(m, group_size, symmetric, dtype, pois
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("config", [SplitConfig(128, 128, 2, 8, 3), SplitConfig(64, 64, 4, 4, 3)], ids=str)
+def test_blocks_of_many_rows(config, poisoned):
+    weight = quantize(torch.randn(140, 1152, generator=torch.Generator().manual_seed(0)), 128)  # 9 units
+    x = torch.randn(150, 1152, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 128, 140, config)
+    assert_close(y, int4_gemm_ref(x, weight))
+
+
+@pytest.mark.interp
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize(
@@ -365,6 +374,21 @@ def test_matches_the_oracle_on_a_gpu(m, symmetric, group_size, dtype, poisoned):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "symmetric"),
+    [(32, 28672, 1024, 128, True), (64, 4096, 4096, 128, True), (64, 6144, 4096, 128, True), (96, 4096, 4096, 64, True)]
+    + [(128, 4096, 14336, 128, True), (128, 4000, 2944, 128, False), (192, 4096, 4096, -1, True)]
+    + [(192, 1536, 576, 32, True), (256, 16384, 2048, 128, True)],
+    ids=str,
+)
+def test_many_rows_on_a_gpu(m, n, k, group_size, symmetric, poisoned):
+    """Narrow blocks and wide ones, with all of K and with a part of it; the same bits each time."""
+    ys = [run(m, n, k, group_size, symmetric, torch.bfloat16, "cuda") for _ in range(3)]
+    assert_close(*ys[0])
+    assert all(torch.equal(y, ys[0][0]) for y, _ in ys)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
     ("n", "k", "group_size", "scale_dtype"),
     [
         (192, 576, 32, torch.float16),
@@ -395,9 +419,15 @@ def test_error_is_no_worse_than_cublas():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("n", "k", "group_size"), [(4096, 4096, 128), (2048, 14336, 128), (28672, 2048, 64), (960, 576, 32)], ids=str
+    ("n", "k", "group_size", "decode_weights"),
+    [(n, k, group_size, int4_config.DECODE_WEIGHTS) for n, k, group_size in ((4096, 4096, 128), (2048, 14336, 128))]
+    + [(28672, 2048, 64, int4_config.DECODE_WEIGHTS), (960, 576, 32, int4_config.DECODE_WEIGHTS)]
+    + [(8192, 4096, 128, 0), (960, 576, 32, 0)],  # as a large vocabulary's
+    ids=str,
 )
-def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
+def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size, decode_weights, monkeypatch):
+    monkeypatch.setattr(int4_config, "DECODE_WEIGHTS", decode_weights)
+    monkeypatch.setattr(triton_gemm, "plan", triton_gemm.plan.__wrapped__)  # it remembers
     weight = quantize(torch.randn(n, k), group_size, symmetric=group_size != 32).to("cuda")
     args = weight.packed, weight.scales, weight.zeros, None, group_size, n
     x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
@@ -420,13 +450,12 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size):
 def test_a_row_has_the_same_bits_at_every_place(n, k, group_size, symmetric, decode_weights, dtype, monkeypatch):
     """Sixteen equal rows, and batches of 1, 8 and 9 of them."""
     monkeypatch.setattr(int4_config, "DECODE_WEIGHTS", decode_weights)
-    triton_gemm.plan.cache_clear()
+    monkeypatch.setattr(triton_gemm, "plan", triton_gemm.plan.__wrapped__)  # it remembers
     weight = quantize(torch.randn(n, k), group_size, symmetric=symmetric).to("cuda")
     x = torch.randn(1, k, device="cuda", dtype=dtype).expand(16, -1).contiguous()
     args = weight.packed, weight.scales, weight.zeros, None, group_size, n
     row = triton_gemm.int4_gemm(x[:1], *args)
     equal = [torch.equal(triton_gemm.int4_gemm(x[:m], *args), row.expand(m, -1)) for m in (8, 9, 16)]
-    triton_gemm.plan.cache_clear()
     assert equal == [True, True, True]
 
 

@@ -264,7 +264,7 @@ def split_queries(q, FP8: tl.constexpr):
         first = q.to(tl.float16)
         second = (q - first.to(tl.float32)).to(tl.float16)
     else:  # an integer of 16 bits, 256 * first + second
-        bits = (q * (inverse * 32512.0) + 12582912.0).to(tl.int32, bitcast=True)
+        bits = tl.fma(q, (inverse * 32512.0).broadcast_to(q.shape), 12582912.0).to(tl.int32, bitcast=True)
         first = (bits + 128 >> 8).to(tl.int8)
         second = bits.to(tl.int8)
         scale *= 1.0 / 32512.0
@@ -363,7 +363,8 @@ def _scales_of_scores(scales, BLOCK_G: tl.constexpr):
 def _quantize(x, largest, FP8: tl.constexpr, HAS_E4M3: tl.constexpr):
     """fp32 x / largest * 127 as int8, or x / largest * 448 as the bits of e4m3, to nearest even."""
     if not FP8:
-        return (x * (127.0 / largest) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # 1.5 * 2^23
+        scale = (127.0 / largest).broadcast_to(x.shape)
+        return tl.fma(x, scale, 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)  # 1.5 * 2^23
     x *= 448.0 / largest
     if HAS_E4M3:
         return tl.inline_asm_elementwise(
