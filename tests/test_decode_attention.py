@@ -297,7 +297,7 @@ def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device
     for result in results[1:]:
         for got, want in zip(result, results[0], strict=True):
             assert torch.equal(got.nan_to_num(), want.nan_to_num())
-    assert (device_module.counters(torch.device(device), 16) == 0).all()
+    assert (device_module.counters(inputs[0].device, 16) == 0).all()
 
 
 @pytest.mark.interp
@@ -524,7 +524,7 @@ def test_blocks_take_turns_only_where_not_all_fit():
 
     def blocks(batch, Lmax, D=128, itemsize=2):
         config = decode.pick_config(8, 4, Lmax, D, itemsize, facts)
-        return decode.blocks_of(config, 8 * batch, D, itemsize, facts), config.num_splits
+        return decode.blocks_of(config, 8 * batch, 4, D, itemsize, True, facts), config.num_splits
 
     assert blocks(1, 32768) == (32, 32)
     assert blocks(2, 2048) == (16, 16)
@@ -533,3 +533,6 @@ def test_blocks_take_turns_only_where_not_all_fit():
     assert blocks(8, 512, D=64) == (4, 4), "more than two blocks fit an SM"
     assert blocks(8, 8192, itemsize=1) == (8, 16)
     assert blocks(64, 100) == (1, 1)
+    assert blocks(64, 2048, itemsize=4) == (16, 16), "its warps meet through Triton's shared memory"
+    config = decode.pick_config(8, 4, 2048, 128, 2, facts)
+    assert decode.blocks_of(config, 512, 4, 128, 2, False, facts) == 16, "likewise"

@@ -58,16 +58,21 @@ def pick_config(
         block_m = max(narrowest, triton.next_power_of_2(m))
         if not facts.is_nvidia:
             return SplitConfig(64, block_m, 1, 2, 2)
-        block_n = {2: 32, 4: 64}.get(block_m, 128)
+        block_n = 32 if block_m == 2 else 64
+        if block_m >= 8 and facts.capability == (9, 0):  # by wgmma from 16 rows on, with the same bits: tested there
+            block_n = 128
         return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
-    return _many_rows_config(m, n, triton.cdiv(k, unit), symmetric, facts)
+    return _many_rows_config(m, n, triton.cdiv(k, unit), group_size < unit and group_size != -1, symmetric, facts)
 
 
-def _many_rows_config(m: int, n: int, units: int, symmetric: bool, facts: DeviceFacts) -> SplitConfig:
+def _many_rows_config(
+    m: int, n: int, units: int, small_groups: bool, symmetric: bool, facts: DeviceFacts
+) -> SplitConfig:
     """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md.
 
     Two kinds of blocks: narrow ones, of which three or four fit an SM, and wide ones, which read x half as often. The
-    sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128.
+    sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128; those of 128 rows in small groups
+    do not fit registers.
     """
     sms, in_registers = facts.sm_count, facts.capability < (10, 0)
     rows = 32 if m <= 32 or not (symmetric or in_registers) else 64
@@ -79,7 +84,7 @@ def _many_rows_config(m: int, n: int, units: int, symmetric: bool, facts: Device
         return narrow if triton.cdiv(n, 64) <= 3 * sms else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
     room = sms if m <= 128 else 2 * sms
     wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, room)
-    if 64 < m <= 128 and symmetric and in_registers:
+    if 64 < m <= 128 and symmetric and in_registers and not small_groups:
         tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, room)  # unpacks W once
         wide = tall if units >= 16 * tall.splits else wide
     filled = _filled(wide, m, n, room)
@@ -99,7 +104,7 @@ def _blocks(config: SplitConfig, m: int, n: int) -> int:
 
 
 def _cut_k(config: SplitConfig, m: int, n: int, units: int, room: int) -> SplitConfig:
-    """With as many splits, a power of two up to 8, as leave `room` for all blocks at once and each 4 units or more."""
+    """With as many splits, a power of two up to 8, as leave `room` for all blocks at once and each some 4 units."""
     blocks, splits = _blocks(config, m, n), 1
     while 2 * splits <= min(room // blocks, units // 4, 8):
         splits *= 2

@@ -661,7 +661,7 @@ def _int4_gemm_kernel(
                         s_offs = s_rows + (there * GROUPS + plane * COLS // GROUP_SIZE) // 2 * 16  # [BLOCK_N]
                         scale, next_scale = _load_pair(s_ptr, s_offs)
                         if HAS_ZEROS:
-                            zero, next_zero = _split_pairs(tl.load(_pair_ptr(z_ptr) + s_offs), z_ptr.dtype.element_ty)
+                            zero, next_zero = _load_pair(z_ptr, s_offs)
                         if GROUPS == 1:  # which of the pair
                             scale = tl.where(there % 2 == 0, scale, next_scale)
                             if HAS_ZEROS:

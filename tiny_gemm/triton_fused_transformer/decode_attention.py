@@ -67,7 +67,7 @@ from tiny_gemm.triton_fused_transformer.decode_tiles import (
 from tiny_gemm.triton_parts import pdl_options, prefetch_l2, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-MOST_SPLITS = 64  # blocks of a sequence and KV head: the last of them adds up what all have
+MOST_SPLITS = 64  # of a sequence and KV head: the last block adds up what all have
 
 
 @triton.jit
@@ -304,7 +304,7 @@ class DecodeAttentionConfig:
 def pick_config(
     kv_heads: int, group: int, max_length: int, head_dim: int, itemsize: int, device: DeviceFacts
 ) -> DecodeAttentionConfig:
-    """One or two splits an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
+    """Up to one or two splits an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
     max_length is the cache's, or the window if that is less.
 
     Swept on an H200, 2026-11-29 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again): 32 query
@@ -333,23 +333,41 @@ def pick_config(
         tiles = min(tiles, 1 if itemsize == 1 else 2)
     if group > 16:
         tiles = 1
-    block_g = max(8, triton.next_power_of_2(group))  # the warps merge in shared memory
-    e = min(16 // itemsize, block_d // 8)
-    while num_warps > 1 and exchange_words(num_warps, block_g, block_d, e) > EXCHANGE_WORDS:
+    while num_warps > 1 and _exchange(num_warps, group, head_dim, itemsize) > EXCHANGE_WORDS:
         num_warps //= 2
     splits = min(splits, triton.cdiv(max_length, 16 * tiles * num_warps), MOST_SPLITS)
     return DecodeAttentionConfig(splits, num_warps, tiles)
 
 
+def _exchange(num_warps: int, group: int, head_dim: int, itemsize: int) -> int:
+    """Words of shared memory through which the warps of a block meet on NVIDIA."""
+    block_d = triton.next_power_of_2(head_dim)
+    return exchange_words(num_warps, max(8, triton.next_power_of_2(group)), block_d, min(16 // itemsize, block_d // 8))
+
+
+def _meets_in_shared(
+    config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int, aligned: bool, device: DeviceFacts
+) -> bool:
+    """Whether a block's warps meet in shared memory of the kernel's own. Of rows that begin elsewhere, and of float32,
+    Triton brings the tiles into order through much shared memory itself."""
+    fits = _exchange(config.num_warps, group, head_dim, itemsize) <= EXCHANGE_WORDS
+    return device.is_nvidia and aligned and itemsize <= 2 and fits
+
+
 @cache
-def blocks_of(config: DecodeAttentionConfig, heads: int, head_dim: int, itemsize: int, device: DeviceFacts) -> int:
+def blocks_of(
+    config: DecodeAttentionConfig, heads: int, group: int, head_dim: int, itemsize: int, aligned: bool,
+    device: DeviceFacts,
+) -> int:  # fmt: skip
     """How many blocks do the splits of each of `heads` pairs of a sequence and a KV head: one each where the chip has
     room for all at once, else half as many. The bits are the same.
 
-    A block that goes on is faster than another that begins: its next loads are on their way while its warps meet. With
-    four splits a block, batches of one length gain some per cent more, but with fewer blocks the longest sequence of a
-    batch is waited for.
+    A block that goes on is faster than another that begins: its next loads are on their way while its warps meet. (Not
+    where they would meet through Triton's shared memory: that takes twice as much then.) With four splits a block,
+    batches of one length gain some per cent more, but with fewer blocks the longest sequence of a batch is waited for.
     """
+    if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device):
+        return config.num_splits
     per_sm = 2  # blocks of 4 warps, by their registers
     if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2:
         per_sm = 5 - config.tiles
@@ -379,10 +397,6 @@ def _launcher(
     eps: float,
     facts: DeviceFacts,
 ) -> Launcher:
-    block_d, e = triton.next_power_of_2(head_dim), 16 // cached.itemsize
-    block_g = max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group))  # what the tensor core takes
-    use_asm = facts.is_nvidia and cached.itemsize <= 2
-    words = exchange_words(config.num_warps, block_g, block_d, min(e, block_d // 8))
     meta = {
         "STRIDE": stride,
         "ROPE_HALF": rope_half,
@@ -395,14 +409,13 @@ def _launcher(
         "IN_TURNS": in_turns,
         "WARPS": config.num_warps,
         "TILES": config.tiles,
-        "BLOCK_G": block_g,
-        "BLOCK_D": block_d,
-        "E": e,
-        # Of rows that begin elsewhere, and of float32, Triton brings the tiles into order through much shared memory.
-        "MERGE_IN_SHARED": aligned and use_asm and words <= EXCHANGE_WORDS,
+        "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "E": 16 // cached.itemsize,
+        "MERGE_IN_SHARED": _meets_in_shared(config, group, head_dim, cached.itemsize, aligned, facts),
         "FP8": cached == torch.float8_e4m3fn,
         "HAS_E4M3": facts.is_nvidia and facts.capability >= (8, 9),
-        "USE_ASM": use_asm,
+        "USE_ASM": facts.is_nvidia and cached.itemsize <= 2,
         "enable_fp_fusion": False,  # see the module
         "num_warps": config.num_warps,
         **pdl_options(facts),
@@ -467,7 +480,7 @@ def decode_attention(
     for n in (*q_strides[:2], *k_strides[:2], *cache_strides[:2]):
         low_bits |= n
     aligned = low_bits % 16 == 0
-    blocks = blocks_of(config, batch * kv_heads, D, cached.itemsize, facts)
+    blocks = blocks_of(config, batch * kv_heads, group, D, cached.itemsize, aligned, facts)
     in_turns = blocks < config.num_splits
     _launcher(config, in_turns, stride, aligned, rope_half, group, D, cached, window, softcap, eps, facts)(
         (blocks, kv_heads, batch),

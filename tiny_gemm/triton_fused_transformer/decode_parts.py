@@ -181,7 +181,7 @@ def tokens(length, Lmax):
 
 @triton.jit
 def first_tile(length, split, Lmax, STEP: tl.constexpr):
-    """Where the first tile of block `split` starts. Tiles are taken from the last on, which has the new token."""
+    """Where the first tile of split `split` starts. Tiles are taken from the last on, which has the new token."""
     return (tl.cdiv(tokens(length, Lmax), STEP) - 1 - split) * STEP
 
 
@@ -208,7 +208,7 @@ def start_softmax(
     """(top, total) [WARPS, BLOCK_G] before the first tile: the running maximum, in units of log2, and sum over
     2 ** top.
 
-    With sinks the first warp of the first block has seen a token of that score and no value, SHIFT above its top.
+    With sinks the first warp of the first split has seen a token of that score and no value, SHIFT above its top.
     """
     top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([WARPS, BLOCK_G], tl.float32)
@@ -311,7 +311,7 @@ def _merge_warps(
     E: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """The block's output, fp32 [R, GROUP * LANES], and log2 of the sum of its softmax, [GROUP * LANES]; with one
+    """A split's output, fp32 [R, GROUP * LANES], and log2 of the sum of its softmax, [GROUP * LANES]; with one
     exchange through what exchange_buffer gave or, where that is None, through Triton's shared memory, with many.
 
     Factors are squares of what exp2 gives: over 8 bits a total that counts may have to shrink by more than the
