@@ -27,6 +27,8 @@ MARKERS = {
 def pytest_configure(config):
     for name, meaning in MARKERS.items():
         config.addinivalue_line("markers", f"{name}: {meaning}")
+    if os.environ.get("PYTEST_XDIST_WORKER"):  # else each of the processes takes all cores
+        torch.set_num_threads(1)
     if INTERPRETED:
         import interpreter
 

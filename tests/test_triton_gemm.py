@@ -21,9 +21,8 @@ from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_re
 def run(m, n, k, group_size, symmetric, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
     """(kernel's output, oracle) on random data; x is a strided view, so that its row stride is not K."""
     generator = torch.Generator().manual_seed(seed)
-    weight = quantize(
-        torch.randn(n, k, generator=generator), group_size, symmetric=symmetric, scale_dtype=scale_dtype
-    ).to(device)
+    w = torch.randn(n, k, generator=generator).to(device)
+    weight = quantize(w, group_size, symmetric=symmetric, scale_dtype=scale_dtype)
     x = torch.randn(m, k + 16, generator=generator).to(dtype).to(device)[:, :k]
     bias = torch.randn(2 * n, generator=generator).to(dtype).to(device)[::2] if with_bias else None  # strided, too
     y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, bias, group_size, n)
