@@ -3,13 +3,14 @@
     python -m benchmarks.sweep_int4_gemm --shapes 2048x2048 4096x4096 --out my-gpu.json       K x N
     python -m benchmarks.sweep_int4_gemm --shapes 2048x8192 --gated --out my-gpu.json         of int4_gated_linear
     python -m benchmarks.sweep_int4_gemm --model Llama-3.2-1B --out my-gpu.json               a preset's projections
+    python -m benchmarks.sweep_int4_gemm --shapes 4096x4096 --rows 32 64 128 --out rows.json  SplitConfigs; only times
     TINY_GEMM_TABLE=my-gpu.json tiny-gemm generate ...                                         the library reads it
 
 Kernels are compiled by all processors side by side, then timed as in benchmarks/timing.py: CUDA graphs of calls over
 copies of the weight that exceed L2. How K is cut must not depend on the number of rows (a row has the same bits in
 every batch), so for each shape the cut is taken that is best over all --rows together, and with it the best block for
 up to 8 and for up to 16 rows. Where what pick_config chooses is as fast, the table has no entry. Symmetric weights,
-unless --zeros asks for others, which get no entries; needs an NVIDIA GPU.
+unless --zeros asks for others, which get no entries, as more than 16 rows do not; needs an NVIDIA GPU.
 """
 
 import itertools
@@ -26,7 +27,7 @@ from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
 from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts, device_facts
-from tiny_gemm.int4_config import DecodeConfig, registers_needed, stage_bytes
+from tiny_gemm.int4_config import DECODE_ROWS, DecodeConfig, SplitConfig, registers_needed, stage_bytes
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
 
 REGISTERS = (64, 80, 96, 112, 128, 168, 255)
@@ -42,8 +43,10 @@ def candidates(
     symmetric: bool = True,
     gated: bool = False,
     quick: bool = False,
-) -> list[DecodeConfig]:
+) -> list[DecodeConfig] | list[SplitConfig]:
     """Configurations worth timing for m rows and a weight of n rows and k columns."""
+    if m > DECODE_ROWS:
+        return _many_rows_candidates(k, n, m, facts, quick)
     groups = 1 if group == -1 else unit_k(k) // group  # a unit
     unit = unit_k(k)
     units = math.ceil(k / unit)
@@ -69,6 +72,20 @@ def candidates(
     return found
 
 
+def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, quick: bool) -> list[SplitConfig]:
+    units, found = math.ceil(k / unit_k(k)), []
+    for (block_n, warps), block_m, splits, stages in itertools.product(
+        ((64, 4), (128, 8)), (32, 64, 128), (1, 2, 4, 8), (3,) if quick else (3, 4)
+    ):
+        blocks = math.ceil(n / block_n) * math.ceil(m / block_m) * splits
+        stage = unit_k(k) * (2 * block_m + block_n // 2)  # x and W
+        if block_m >= 2 * max(m, 32) or (splits > 1 and (units < 2 * splits or blocks > 5 * facts.sm_count)):
+            continue
+        if stages * stage <= facts.shared_memory_bytes:
+            found.append(SplitConfig(block_n, block_m, splits, warps, stages))
+    return found
+
+
 def compile_one(job: tuple) -> str | None:
     """Compiles a configuration into Triton's cache; returns what went wrong."""
     m, n, k, group, symmetric, gated, dtype, config = job
@@ -78,19 +95,20 @@ def compile_one(job: tuple) -> str | None:
         launch = triton_gemm.plan(m, n, k, group, symmetric, device_facts(device), config, activation)
         weight = torch.int16, torch.float16, None if symmetric else torch.float32
         scratch = (torch.float32, torch.int32) if launch.partials else (None, None)
-        tensors = dtype, *weight, *(weight if gated else (None,) * 3), None, dtype, *scratch
+        gate = () if isinstance(config, SplitConfig) else weight if gated else (None,) * 3
+        tensors = dtype, *weight, *gate, None, dtype, *scratch
         launch.launcher.kernel.warmup(*tensors, m, n, k, k, grid=(1, 1), **launch.launcher.meta)
     except Exception as e:
         return one_line(config, e)
     return None
 
 
-Found = list[tuple[int, DecodeConfig | None, float]]  # m, configuration (None: pick_config's), microseconds
+Found = list[
+    tuple[int, DecodeConfig | SplitConfig | None, float]
+]  # m, configuration (None: pick_config's), microseconds
 
 
-def sweep_shape(
-    weights: list[Int4Weight], configs: dict[int, list[DecodeConfig]], dtype: torch.dtype, machine: Machine
-) -> Found:
+def sweep_shape(weights: list[Int4Weight], configs: dict[int, list], dtype: torch.dtype, machine: Machine) -> Found:
     """The time of each configuration for each number of rows that gives what pick_config's does. Two weights are those
     of a gated pair."""
     n, k = weights[0].shape
@@ -123,6 +141,9 @@ def sweep_shape(
 
 def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
     """[(largest m, configuration)] by the rule in this module's docstring; nothing where pick_config's is as fast."""
+    found = [(m, config, us) for m, config, us in found if m <= DECODE_ROWS]
+    if not found:
+        return []
     times: dict[DecodeConfig | None, dict[int, float]] = {}
     for m, config, us in found:
         times.setdefault(config, {})[m] = us
@@ -163,6 +184,8 @@ def main(arguments: list[str] | None = None) -> int:
         shapes |= {shape: group_size(model) for shape in projections(model).values()}
     if not shapes:
         parser.error("name --shapes or a --model")
+    if args.gated and max(args.rows) > DECODE_ROWS:
+        parser.error(f"--gated is for up to {DECODE_ROWS} rows")
 
     begin, dtype = time.time(), getattr(torch, args.dtype)
     facts = device_facts(torch.device("cuda"))
@@ -177,13 +200,18 @@ def main(arguments: list[str] | None = None) -> int:
     for (k, n), group in shapes.items():
         for m, for_m in configs[k, n].items():
             for config in for_m:
-                job = m, n, k, group, not args.zeros, args.gated, dtype, config
-                step = config.warps * config.warp_units * unit_k(k)
-                jobs[config, m > 8, step >= k, k % step == 0, unit_k(k), group] = job
+                step = config.warps * config.warp_units * unit_k(k) if isinstance(config, DecodeConfig) else 1
+                key = config, m > 8, step >= k, k % step == 0, unit_k(k), group
+                jobs[key] = m, n, k, group, not args.zeros, args.gated, dtype, config
     compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))
-    print(f"{facts.name}: roof {machine.roof_gbps:,.0f} GB/s; row tiles, warp units, warps, stages, registers, splits")
+    names = (
+        "rows of W, of x, splits, warps, stages"
+        if min(args.rows) > DECODE_ROWS
+        else ("row tiles, warp units, warps, stages, registers, splits")
+    )
+    print(f"{facts.name}: roof {machine.roof_gbps:,.0f} GB/s; {names}")
     table = {"gpu": facts.name, "entries": []}
     timings = []
     for (k, n), group in shapes.items():

@@ -473,7 +473,7 @@ def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
 def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, True, D, True, D // 2, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher.__wrapped__(config, True, D, True, D // 2, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     compiled = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("Lmax",))
     aot.check(compiled)
     if target == "sm_90":
@@ -481,6 +481,10 @@ def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
         before_meeting = "\n".join(over_splits).partition("BAR.SYNC")[0].rpartition(" BRA ")[2]
         assert before_meeting.count(" LDG.E.128") == 8 * config.tiles * D // 64, "the next split's first tile"
         check_arrival(compiled.assembly)
+        launcher.meta.pop("enable_fp_fusion")
+        fused = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("Lmax",))
+        ours, more = (c.assembly.count(" FFMA ") for c in (compiled, fused))
+        assert ours < more, "ptxas fuses where it can, which is not in all copies of one piece of code"
 
 
 def loops(sass: str) -> list[list[str]]:

@@ -17,7 +17,7 @@ from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
 from benchmarks.sweeps import SweepCase, best_over_batches, heads_of, run_cases, summary
 from benchmarks.timing import Machine
-from tiny_gemm.int4_config import DecodeConfig
+from tiny_gemm.int4_config import DecodeConfig, SplitConfig
 from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_fused_transformer import attention, decode_attention
 from tiny_gemm.triton_fused_transformer.attention import AttentionConfig
@@ -42,6 +42,22 @@ def test_candidates_can_be_launched(k, group_size, m, gated, quick):
         assert c.splits == 1 or (not gated and c.splits * step <= k)
 
 
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("m", [17, 64, 200])
+@pytest.mark.parametrize(("k", "n"), [(576, 1536), (4096, 28672), (64, 64)])
+def test_candidates_for_many_rows(k, n, m, quick):
+    found = candidates(k, n, 32, m, aot.device_facts("sm_86"), quick=quick)
+    assert found and len(set(found)) == len(found)
+    assert all(c.splits == 1 or 2 * c.splits <= k // 64 for c in found)
+    assert all(c.block_m < 2 * max(m, 32) for c in found)
+
+
+def test_more_than_16_rows_get_no_entry():
+    many = SplitConfig(64, 64, 1, 4, 3)
+    assert best_of([(64, None, 9.0), (64, many, 5.0)]) == []
+    assert best_of([(64, None, 9.0), (64, many, 5.0), (1, None, 9.0), (1, A, 5.0)]) == [(8, A), (16, A)]
+
+
 def test_the_split_of_k_is_the_same_for_all_rows():
     """C is the fastest for one row, but loses more at 16 than it gains."""
     times = {None: (9, 9, 9), A: (5, 5, 8), B: (6, 6, 6), C: (4, 5, 20)}
@@ -60,8 +76,8 @@ def test_a_configuration_that_failed_for_some_rows_is_not_chosen():
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("config", [A, C], ids=str)
-def test_a_candidate_compiles(config, monkeypatch):
+@pytest.mark.parametrize(("config", "m"), [(A, 8), (C, 8), (SplitConfig(64, 64, 2, 4, 3), 64)], ids=str)
+def test_a_candidate_compiles(config, m, monkeypatch):
     """compile_one for a chip that need not be there: Triton's driver says that it is an H100."""
     chip = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -72,7 +88,7 @@ def test_a_candidate_compiles(config, monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", chip)
     monkeypatch.setattr(sweep_int4_gemm, "device_facts", lambda _: aot.device_facts("sm_90"))
     for gated in (False, True) if config.splits == 1 else (False,):
-        assert sweep_int4_gemm.compile_one((8, 2048, 2048, 128, True, gated, torch.bfloat16, config)) is None
+        assert sweep_int4_gemm.compile_one((m, 2048, 2048, 128, True, gated, torch.bfloat16, config)) is None
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,14 @@ def pick_config(
 def _many_rows_config(
     m: int, n: int, units: int, small_groups: bool, symmetric: bool, facts: DeviceFacts
 ) -> SplitConfig:
-    """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md.
+    """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md; the --rows of
+    benchmarks/sweep_int4_gemm.py do it again.
 
     Two kinds of blocks: narrow ones, of which three or four fit an SM, and wide ones, which read x half as often. The
     sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128; those of 128 rows in small groups
     do not fit registers.
     """
-    sms, in_registers = facts.sm_count, facts.capability < (10, 0)
+    sms, in_registers = facts.sm_count, facts.capability[0] != 10
     rows = 32 if m <= 32 or not (symmetric or in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
     narrow = _cut_k(SplitConfig(64, rows, 1, 4, stages), m, n, units, 3 * sms)

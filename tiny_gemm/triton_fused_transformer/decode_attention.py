@@ -369,7 +369,7 @@ def blocks_of(
     if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device):
         return config.num_splits
     per_sm = 2  # blocks of 4 warps, by their registers
-    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2:
+    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2 and group <= 8:
         per_sm = 5 - config.tiles
     fits = config.num_splits * heads <= per_sm * 4 // config.num_warps * device.sm_count
     return config.num_splits if fits else triton.cdiv(config.num_splits, 2)
