@@ -119,7 +119,7 @@ def run_gated(m, n, k, group_size, symmetric, dtype, device="cpu", activation="s
     """(kernel's output, oracle) of act(x @ gate.T) * (x @ W.T)."""
     generator = torch.Generator().manual_seed(0)
     up, gate = (
-        quantize(torch.randn(n, k, generator=generator) / k**0.5, group_size, symmetric=symmetric).to(device)
+        quantize((torch.randn(n, k, generator=generator) / k**0.5).to(device), group_size, symmetric=symmetric)
         for _ in range(2)
     )
     x = torch.randn(m, k + 16, generator=generator).to(dtype).to(device)[:, :k]
@@ -408,7 +408,7 @@ def test_odd_shapes_of_real_models(m, n, k, group_size, scale_dtype, poisoned):
 @pytest.mark.gpu
 def test_error_is_no_worse_than_cublas():
     """Against float64, on the same dequantized weights (which cuBLAS gets rounded to 16 bit)."""
-    weight = quantize(torch.randn(4096, 4096), 128).to("cuda")
+    weight = quantize(torch.randn(4096, 4096, device="cuda"), 128)
     x = torch.randn(8, 4096, device="cuda", dtype=torch.bfloat16)
     oracle = int4_gemm_ref(x, weight)
     error = lambda y: ((y.double() - oracle).norm() / oracle.norm()).item()  # noqa: E731
@@ -427,7 +427,7 @@ def test_error_is_no_worse_than_cublas():
 def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size, decode_weights, monkeypatch):
     monkeypatch.setattr(int4_config, "DECODE_WEIGHTS", decode_weights)
     monkeypatch.setattr(triton_gemm, "plan", triton_gemm.plan.__wrapped__)  # it remembers
-    weight = quantize(torch.randn(n, k), group_size, symmetric=group_size != 32).to("cuda")
+    weight = quantize(torch.randn(n, k, device="cuda"), group_size, symmetric=group_size != 32)
     args = weight.packed, weight.scales, weight.zeros, None, group_size, n
     x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
     whole = triton_gemm.int4_gemm(x, *args)
@@ -450,7 +450,7 @@ def test_a_row_has_the_same_bits_at_every_place(n, k, group_size, symmetric, dec
     """Sixteen equal rows, and batches of 1, 8 and 9 of them."""
     monkeypatch.setattr(int4_config, "DECODE_WEIGHTS", decode_weights)
     monkeypatch.setattr(triton_gemm, "plan", triton_gemm.plan.__wrapped__)  # it remembers
-    weight = quantize(torch.randn(n, k), group_size, symmetric=symmetric).to("cuda")
+    weight = quantize(torch.randn(n, k, device="cuda"), group_size, symmetric=symmetric)
     x = torch.randn(1, k, device="cuda", dtype=dtype).expand(16, -1).contiguous()
     args = weight.packed, weight.scales, weight.zeros, None, group_size, n
     row = triton_gemm.int4_gemm(x[:1], *args)
@@ -474,7 +474,7 @@ def check_graph_of(chain, x):
 @pytest.mark.gpu
 def test_each_kernel_of_a_chain_waits_for_the_one_before():
     """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written."""
-    weights = [quantize(torch.randn(2048, 2048) / 45, 128).to("cuda") for _ in range(8)]
+    weights = [quantize(torch.randn(2048, 2048, device="cuda") / 45, 128) for _ in range(8)]
     x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
 
     def chain(y, wait=lambda: None):
@@ -491,9 +491,9 @@ def test_dependent_launch_around_the_cooperative_ffn():
     """norm -> GEMM -> FFN -> norm -> ..., in a graph and one at a time: the FFN lets the next kernel start early."""
     from tiny_gemm import ops
 
-    w = quantize(torch.randn(2048, 2048) / 45, 128).to("cuda")
-    up, gate = (quantize(torch.randn(4096, 2048) / 45, 128).to("cuda") for _ in range(2))
-    down = quantize(torch.randn(2048, 4096) / 64, 128).to("cuda")
+    w = quantize(torch.randn(2048, 2048, device="cuda") / 45, 128)
+    up, gate = (quantize(torch.randn(4096, 2048, device="cuda") / 45, 128) for _ in range(2))
+    down = quantize(torch.randn(2048, 4096, device="cuda") / 64, 128)
     ones = torch.ones(2048, device="cuda")
     x = torch.zeros(2, 2048, device="cuda", dtype=torch.bfloat16)
 
