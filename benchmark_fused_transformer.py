@@ -78,26 +78,30 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"no figure {name!r}: {why}", file=sys.stderr)
             print(json.dumps({"plots": [str(path) for path in drawn], "not_drawn": left_out}))
             return 0
-        before = together(load(args.compare)) if args.compare else []
-        runs = load(args.load) if args.load else {}
+        old = load(args.compare) if args.compare else {}
+        loaded = load(args.load) if args.load else {}
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError, ImportError) as e:
         return mistake(str(e))
     summary = {}
     if args.load:
+        runs, environments = rows_of(loaded), [environment for environment, _ in loaded.values()]
         for name, rows in runs.items():
             report.show(console, name, rows)
     else:
         with torch.no_grad():
             runs, summary = run(args, console)
+        environments = [summary["environment"]]
     rows, interrupted = together(runs), summary.get("interrupted", False)
     if not rows and not interrupted:
         return mistake(f"no arm has a name like {' or '.join(args.impl)}")
     summary["suites"] = {name: digest(run_rows) for name, run_rows in runs.items()}
     if args.compare:
+        before = together(rows_of(old))
         if args.compare.is_dir() and not args.load:  # which may have suites that nobody asked for
             before = [row for row in before if row["suite"] in {row["suite"] for row in rows}]
+        name_runs(console, [environment for environment, _ in old.values()], environments)
         summary["compared"] = compare(console, rows, before)
     print(json.dumps(summary))
     if interrupted:
@@ -215,19 +219,41 @@ def together(runs: dict[str, list[dict]]) -> list[dict]:
     return [row for rows in runs.values() for row in rows]
 
 
-def load(path: Path) -> dict[str, list[dict]]:
-    """The rows of each result in a directory, or of the one file."""
-    found = {file.stem: results.load(file)[1] for file in result_files(path)}
-    if not any(found.values()):
+def load(path: Path) -> dict[str, tuple[dict, list[dict]]]:
+    """(environment, rows) of each result in a directory, or of the one file."""
+    if not path.exists():
+        raise ValueError(f"{path}: No such file or directory")
+    found = {file.stem: results.load(file) for file in result_files(path)}
+    if not any(rows for _, rows in found.values()):
         raise ValueError(f"{path} has no results")
     return found
+
+
+def rows_of(found: dict[str, tuple[dict, list[dict]]]) -> dict[str, list[dict]]:
+    return {stem: rows for stem, (_, rows) in found.items()}
+
+
+def name_runs(console: Console, old: list[dict], new: list[dict]) -> None:
+    """Says what is compared with what, and where the ratios are not those of two versions of the code."""
+    for which, environments in (("old", old), ("new", new)):
+        for line in dict.fromkeys(map(origin, environments)):
+            console.print(f"{which}: {line}", highlight=False, markup=False)
+    for what in ("gpu", "torch"):
+        values = sorted({str(e.get(what)) for e in (*old, *new)})
+        if len(values) > 1:
+            console.print(f"Not of one {what}: {', '.join(values)}. The ratios are also theirs.", style="yellow")
+
+
+def origin(environment: dict) -> str:
+    facts = (f"commit {environment.get('git_sha')}", f"torch {environment.get('torch')}", environment.get("date"))
+    return ", ".join(str(fact) for fact in (environment.get("gpu"), *facts))
 
 
 def compare(console: Console, rows: list[dict], before: list[dict]) -> dict:
     """Prints what moved, and what only one of them has; returns how often each verdict was found."""
     changes = results.compare(rows, before)
     console.print(report.change_table(changes))
-    for line in report.only_in("older run", before, rows) + report.only_in("newer run", rows, before):
+    for line in report.only_in("old run", before, rows) + report.only_in("new run", rows, before):
         console.print(f"  {line}", style="dim", highlight=False, markup=False)
     verdicts = [change.verdict for change in changes]
     return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}

@@ -9,6 +9,7 @@ Prefill arms: tiny-gemm is fused_attention. The oracle of a prefill is computed 
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, needs_gpu, relative_error
+from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, left_out, needs_gpu, relative_error
 from benchmarks.presets import model_config
 from benchmarks.timing import Machine
 from tiny_gemm import ops
@@ -83,10 +84,10 @@ def peers(machine: Machine, calls: Callable, nbytes: int, flops: int, causal: bo
         arm("sdpa-flash", on_gpu(lambda: sdpa), context=only(SDPBackend.FLASH_ATTENTION)),
         arm("sdpa-cudnn", on_gpu(lambda: sdpa), context=only(SDPBackend.CUDNN_ATTENTION)),
     ]
-    if with_compile:
-        found += [arm("flex_attention", on_gpu(lambda: _flex(machine, causal)))]
-        if not causal:
-            found += [arm("torch.compile", on_gpu(lambda: compiled(eager)))]
+    rest = left_out(f"at (kind, B, D, L) {sorted(COMPILED)}")
+    found += [arm("flex_attention", on_gpu(lambda: _flex(machine, causal)) if with_compile else rest)]
+    if not causal:
+        found += [arm("torch.compile", on_gpu(lambda: compiled(eager)) if with_compile else rest)]
     return found
 
 
@@ -106,9 +107,17 @@ def _flex(machine: Machine, causal: bool) -> Callable:
 
 
 def decode_inputs(device, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, filled: int | None = None) -> tuple:
-    """q, k, v, k_cache, v_cache, lengths, cos, sin: caches of n tokens, of which `filled` (None: n - 1) are there."""
+    """q, k, v, k_cache, v_cache, lengths, cos, sin: caches of n tokens, of which `filled` (None: n - 1) are there.
+
+    The new token weighs a hundredth or more for one query head of each KV head, however long the cache is: one of
+    thousands that weigh alike could be lost unnoticed.
+    """
     new = functools.partial(torch.randn, device=device, dtype=dtype)
     q, k, v = new(b, heads, d), new(b, kv_heads, d), new(b, kv_heads, d)
+    score = math.log(max(0.01 * (n if filled is None else filled + 1), 5.0))
+    ahead = q.unflatten(1, (kv_heads, -1))[:, :, 0].float()  # the first query head of each
+    along = (score * d**0.5 - (ahead * k.float()).sum(-1, keepdim=True)) / ahead.square().sum(-1, keepdim=True)
+    k = (k.float() + along * ahead).to(dtype)
     k_cache, v_cache = new(b, kv_heads, n, d), new(b, kv_heads, n, d)
     lengths = torch.full((b,), n - 1 if filled is None else filled, dtype=torch.int32, device=device)
     angles = torch.outer(torch.arange(n), 10000.0 ** (-torch.arange(0, d, 2) / d))
@@ -154,10 +163,13 @@ def _decode(machine, heads: int, kv_heads: int, d: int, b: int, n: int, dtype, w
 def _decode_8_bit(machine: Machine, inputs: tuple, name: str, flops: int) -> Arm:
     """Held to the oracle of the cache as it was: its error is that of quantization."""
     cached, bound = CACHES_8_BIT[name]
-    (q, k, v, k_cache, v_cache, *rest), kv_scale = in_8_bits(inputs, cached)
-    nbytes = k_cache.nbytes + v_cache.nbytes + kv_scale.nbytes + 2 * q.nbytes
+    q, k_cache = inputs[0], inputs[3]
+    nbytes = (
+        2 * k_cache.numel() + 2 * 4 * k_cache.numel() // k_cache.shape[-1] + 2 * q.nbytes
+    )  # K and V, scales, q, out
 
     def calls() -> list[Callable]:
+        (q, k, v, k_cache, v_cache, *rest), kv_scale = in_8_bits(inputs, cached)
         copies = [[t.clone() for t in (q, k, v, k_cache, v_cache)] for _ in range(machine.copies(nbytes))]
         return [functools.partial(ops.decode_attention, *c, *rest, kv_scale=kv_scale.clone()) for c in copies]
 

@@ -121,6 +121,15 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False, fullgraph=True)
 
 
+def left_out(where: str) -> Callable[[], list]:
+    """The calls of an arm that is not measured in this case, because it would take long: a row says so."""
+
+    def calls() -> list:
+        raise Absent(f"it takes seconds, and is measured only {where}")
+
+    return calls
+
+
 def needs_gpu(machine: Machine) -> None:
     if not machine.is_cuda:
         raise Absent("runs on a GPU only")

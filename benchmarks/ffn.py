@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, needs_gpu, relative_error
+from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, left_out, needs_gpu, relative_error
 from benchmarks.presets import PRESETS, clone, group_size, random_weight
 from benchmarks.timing import Machine
 from tiny_gemm import ops
@@ -89,6 +89,6 @@ def _build(machine: Machine, d: int, h: int, m: int, group: int, dtype: torch.dt
         Arm("tiny-gemm-int4", lambda: calls(fused_int4, int4), bytes_of(int4[0]), flops),
         Arm("tiny-gemm-int4-pair", lambda: calls(paired_int4, int4), bytes_of(int4[0]), flops),
     ]
-    if with_compile:
-        arms.insert(1, Arm("torch.compile", calls_compiled, bytes_of(dense[0]), flops))
+    compiles = calls_compiled if with_compile else left_out(f"at (model, M) {sorted(COMPILED)}")
+    arms.insert(1, Arm("torch.compile", compiles, bytes_of(dense[0]), flops))
     return Work(arms, lambda y: relative_error(y, oracle), BOUNDS[dtype])

@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BOUNDS, Absent, Arm, Case, Options, Work, compiled, needs_gpu, relative_error
+from benchmarks.cases import (
+    BOUNDS,
+    Absent,
+    Arm,
+    Case,
+    Options,
+    Work,
+    compiled,
+    left_out,
+    needs_gpu,
+    relative_error,
+)  # fmt: skip
 from benchmarks.presets import RandomWeight, clone, group_size, projections, random_weight
 from benchmarks.timing import Machine
 from tiny_gemm import ops
@@ -30,6 +41,7 @@ ODD_SHAPES = (  # (K, N), group 32: SmolLM2's and others that no power of two di
     (576, 192), (576, 1536), (576, 49152), (1536, 576), (2880, 2880), (7392, 4096), (10944, 2048), (18944, 3584),
 )  # fmt: skip
 COMPILED = {(4096, 4096, 1), (4096, 4096, 8), (2048, 16384, 1)}
+AT = f"at (K, N, M) {sorted(COMPILED)} in groups of 128, bfloat16"
 GEMLITE_ROWS = (1, 8)
 GEMLITE_BOUND = 5e-2
 GEMLITE_NOTE = "adds partial sums by bfloat16 atomics, its default: less exact than the others, and not the same twice"
@@ -145,7 +157,7 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
         needs_gpu(machine)
         return w.gemlite
 
-    def dense_compiled() -> list:
+    def compiled_linear() -> list:
         needs_gpu(machine)
         call = compiled(linear)
         return [functools.partial(call, x.clone(), weight) for weight in w.dense]
@@ -156,9 +168,11 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
         Arm("aten-int4", over(aten, lambda x, w: mm(x, w[0], group, w[1])), peer_bytes, flops),
         Arm("tiny-gemm-int4", over(lambda: w.int4, ops.int4_gemm), int4_bytes, flops),
     ]
-    if m in GEMLITE_ROWS and group == 128 and dtype == torch.bfloat16:
-        calls = over(gemlite, lambda x, layer: layer(x))
-        arms.insert(2, Arm("gemlite-int4", calls, peer_bytes, flops, note=GEMLITE_NOTE, bound=GEMLITE_BOUND))
-    if (k, n, m) in COMPILED and group == 128 and dtype == torch.bfloat16:
-        arms.insert(1, Arm("torch.compile", dense_compiled, dense_bytes, flops))
+    usual = group == 128 and dtype == torch.bfloat16
+    calls = over(gemlite, lambda x, layer: layer(x))
+    if not (usual and m in GEMLITE_ROWS):
+        calls = left_out(f"at M {GEMLITE_ROWS} in groups of 128, bfloat16")
+    arms.insert(2, Arm("gemlite-int4", calls, peer_bytes, flops, note=GEMLITE_NOTE, bound=GEMLITE_BOUND))
+    calls = compiled_linear if usual and (k, n, m) in COMPILED else left_out(AT)
+    arms.insert(1, Arm("torch.compile", calls, dense_bytes, flops))
     return Work(arms, lambda y: relative_error(y, oracle), BOUNDS[dtype])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, needs_gpu, relative_error
+from benchmarks.cases import BOUNDS, Arm, Case, Options, Work, compiled, left_out, needs_gpu, relative_error
 from benchmarks.presets import PRESETS
 from benchmarks.timing import Machine
 from tiny_gemm import ops
@@ -69,6 +69,6 @@ def _build(machine: Machine, m: int, d: int, dtype: torch.dtype) -> Work:
         Arm("pytorch-rms_norm", lambda: calls(with_rms_norm), nbytes),
         Arm("tiny-gemm", lambda: calls(fused), nbytes),
     ]
-    if (d, m) in COMPILED:
-        arms.insert(2, Arm("torch.compile", calls_compiled, nbytes))
+    compiles = calls_compiled if (d, m) in COMPILED else left_out(f"at (d, M) {sorted(COMPILED)}")
+    arms.insert(2, Arm("torch.compile", compiles, nbytes))
     return Work(arms, lambda out: relative_error(torch.cat(out), oracle), BOUNDS[dtype])

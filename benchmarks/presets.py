@@ -84,10 +84,13 @@ class RandomWeight:
         return dequantize(self.int4, dtype)
 
 
-def random_weight(n: int, k: int, group: int, device: torch.device, *, symmetric: bool = True) -> RandomWeight:
-    """W [n, k] of about variance 1 / k; scales float16, zeros (integers) float32, as tiny_gemm.quantize makes them."""
-    q = torch.randint(0, 16, (n, k), dtype=torch.uint8, device=device)
-    near = 2.0 ** round(-math.log2(5.0 * k**0.5))
+def random_weight(
+    n: int, k: int, group: int, device: torch.device, *, symmetric: bool = True, gain: float = 1.0
+) -> RandomWeight:
+    """W [n, k] of mean 0 and about variance gain^2 / k; scales float16, zeros (integers) float32, as
+    tiny_gemm.quantize makes them. (With a mean, what a model's layers add up to is a constant, whatever they do.)"""
+    q = torch.randint(1 if symmetric else 0, 16, (n, k), dtype=torch.uint8, device=device)
+    near = 2.0 ** round(-math.log2(5.0 * k**0.5 / gain))
     scales = near * (1 + torch.randint(0, 8, (n, k // group), device=device) / 8)
     zeros = None if symmetric else torch.randint(0, 16, (n, k // group), device=device).float()
     scales = scales.to(torch.float16)

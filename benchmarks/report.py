@@ -149,7 +149,7 @@ def only_in(which: str, rows: list[dict], others: list[dict]) -> list[str]:
 
 
 def change_table(changes: list[Change]) -> Table:
-    table = Table(title="against the older run (new / old)", **LOOK)
+    table = Table(title="against the old run (new / old)", **LOOK)
     for name in ("case", "implementation", "old us", "new us", "ratio", ""):
         table.add_column(name, justify="right" if "us" in name or name == "ratio" else "left")
     colours = {"faster": "green", "slower": "red", "no longer measured": "red"}

@@ -57,8 +57,9 @@ def measure_machine(device: torch.device) -> Machine:
     a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if on_gpu else torch.float32)
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else 0
     machine = Machine(device, l2, roof, 1.0)
-    (product,) = measure([start_of([lambda: a @ b], machine)], machine)
-    return replace(machine, roof_tflops=2 * side**3 / product.us / 1e6)
+    # A CPU may be busy with something else: the fastest of several, as the roof is what cannot be exceeded.
+    us = min(measure([start_of([lambda: a @ b], machine)], machine)[0].us for _ in range(1 if on_gpu else 5))
+    return replace(machine, roof_tflops=2 * side**3 / us / 1e6)
 
 
 @dataclass(frozen=True)

@@ -526,7 +526,7 @@ def test_a_suite_runs_on_a_cpu(arguments, tmp_path, capsys, monkeypatch):
     environment, rows = results.load(path)
     assert environment == summary["environment"] and environment["driver"] is None
     assert all(SCHEMA <= r.keys() for r in rows)
-    ours = [r for r in rows if report.is_ours(r)]
+    ours = [r for r in rows if report.is_ours(r) and "measured only" not in r.get("error", "")]
     assert ours and all(r["us"] > 0 and r["max_rel_err"] < 0.1 for r in ours)
     peers = [r for r in rows if not report.is_ours(r)]
     assert peers and all(r["us"] or r["error"].startswith("absent: ") for r in peers)
@@ -597,7 +597,53 @@ def test_saved_results_are_shown_and_compared(tmp_path, capsys):
     results.save(tmp_path / "new" / "ffn.json", environment, [row(suite="ffn")])
     assert front_door.main(["--load", str(tmp_path / "new"), "--compare", str(tmp_path / "old")]) == 0
     out = capsys.readouterr().out
-    assert "only in the older run: the suite norm" in out and "only in the newer run: the suite ffn" in out
+    assert "only in the old run: the suite norm" in out and "only in the new run: the suite ffn" in out
+    assert "old: " in out and "commit abc" in out and "Not of one" not in out
+
+
+def test_a_comparison_of_two_gpus_says_so(tmp_path, capsys):
+    environment = results.environment(CPU, git_sha="abc")
+    for name, gpu in (("old", "NVIDIA H100"), ("new", "NVIDIA H200")):
+        results.save(tmp_path / name / "gemm.json", environment | {"gpu": gpu}, [row()])
+    assert front_door.main(["--load", str(tmp_path / "new"), "--compare", str(tmp_path / "old")]) == 0
+    out = capsys.readouterr().out
+    assert "old: NVIDIA H100, commit abc" in out and "new: NVIDIA H200, commit abc" in out
+    assert "Not of one gpu: NVIDIA H100, NVIDIA H200." in out
+
+
+@pytest.mark.parametrize("broken", ["nothing", "attention", "a layer", "the position"])
+def test_a_wrong_decode_step_is_refused(broken, monkeypatch):
+    """The weights are such that the logits depend on what each layer does."""
+    work = decode._build(CPU, "SmolLM2-135M", 1, 64, torch.bfloat16, False, False)
+    plain = decode.models(CPU, "SmolLM2-135M", torch.bfloat16).plain
+    if broken == "attention":
+        monkeypatch.setattr(decode.F, "scaled_dot_product_attention", lambda q, *args, **kwargs: torch.zeros_like(q))
+    elif broken == "a layer":
+        idle = plain.layers[9] | {name: torch.zeros_like(plain.layers[9][name]) for name in RESIDUAL}
+        monkeypatch.setattr(plain, "layers", [*plain.layers[:9], idle, *plain.layers[10:]])
+    elif broken == "the position":
+        step = plain.step
+        monkeypatch.setattr(plain, "step", lambda tokens, cache, at, dtype: step(tokens, cache, at - 1, dtype))
+    (call,) = next(arm for arm in work.arms if arm.impl == "pytorch").calls()
+    error = work.error_of(call())
+    assert (error > work.bound) == (broken != "nothing"), error
+
+
+@pytest.mark.parametrize("length", [64, 8192])
+def test_a_lost_token_is_refused(length):
+    """The oracle of a decode case tells an attention that forgets the new token, however long the cache is."""
+    work = attention._decode(CPU, 8, 2, 64, 1, length, torch.bfloat16, False)
+    (call, *_) = next(arm for arm in work.arms if arm.impl == "pytorch").calls()
+    assert work.error_of(call()) < work.bound
+    q, k, v = call.args
+    assert (
+        work.error_of(call.func(q, k[:, :, :-1], v[:, :, :-1]))
+        > 0.1
+        > max(b for _, b in attention.CACHES_8_BIT.values()) - 1e-9
+    )
+
+
+RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
 
 
 # ----------------------------------------------------------------------------------------------------------- on a GPU
