@@ -636,11 +636,8 @@ def test_a_lost_token_is_refused(length):
     (call, *_) = next(arm for arm in work.arms if arm.impl == "pytorch").calls()
     assert work.error_of(call()) < work.bound
     q, k, v = call.args
-    assert (
-        work.error_of(call.func(q, k[:, :, :-1], v[:, :, :-1]))
-        > 0.1
-        > max(b for _, b in attention.CACHES_8_BIT.values()) - 1e-9
-    )
+    lost = work.error_of(call.func(q, k[:, :, :-1], v[:, :, :-1]))
+    assert lost > max(bound for _, bound in attention.CACHES_8_BIT.values())
 
 
 RESIDUAL = ("self_attn.o_proj", "mlp.down_proj")
