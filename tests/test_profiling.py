@@ -152,6 +152,30 @@ def test_cuda_graph_kernels_share_one_launch(tmp_path):
     assert report.step.known_bytes == pytest.approx(1.0)
 
 
+def test_a_floor_of_some_bytes_only_says_so(tmp_path):
+    """A copy of 10 us whose bytes are known and a kernel of 30 us; what is told of the whole step is exact."""
+
+    def report(**facts):
+        b = TraceBuilder(roof_gbps=100.0, **facts)
+        b.memcpy("Memcpy DtoD (Device -> Device)", 0.0, 10.0, 50_000)
+        b.kernel("k", 10.0, 30.0)
+        return report_of(b, tmp_path)
+
+    summed, told = report(), report(step_bytes=200_000)
+    assert (summed.step.floor_us, told.step.floor_us) == (1.0, 2.0)
+    assert "bytes known for 25% of the kernels' time" in output.as_text(summed)
+    assert "bytes known" not in output.as_text(told)
+    for before, after, words in (
+        (summed, told, "before: bytes known for 25%"),
+        (told, summed, "after: bytes known for 25%"),
+        (told, told, None),
+    ):
+        text = _printed(after.against(before))
+        floor = next(line for line in text.splitlines() if line.startswith("floor"))
+        assert words in text if words else "bytes known" not in text
+        assert floor.rstrip().endswith("x") is (words is None), "a part and a whole have no ratio"
+
+
 def test_declared_costs_are_not_spread_over_other_launches(tmp_path):
     """Three launches where two were declared, of different bytes: not known. Of the same bytes: known."""
     for second, known in ((1000, True), (2000, False)):
@@ -360,6 +384,20 @@ OP_COSTS = {
         [BF16] * 3,
         None,
         (2 * (256 + 2 * 12800 + 256), 4 * 256 * 100),
+    ),
+    "cuDNN's attention": (
+        "aten::_cudnn_attention_forward",
+        [[1, 4, 1, 64], [1, 2, 100, 64], [1, 2, 100, 64], []],
+        [BF16] * 3 + ["Scalar"],
+        None,
+        (2 * (256 + 2 * 12800 + 256), 4 * 256 * 100),
+    ),
+    "ragged attention": (
+        "aten::_cudnn_attention_forward",
+        [[9, 4, 64], [99, 2, 64], [99, 2, 64]],
+        [BF16] * 3,
+        None,
+        None,
     ),
     "unknown op": ("aten::sort", [[8]], [F32], None, None),
     "not torch's": ("tiny_gemm::int4_gemm", [[8]], [F32], None, None),
@@ -679,6 +717,9 @@ def test_names():
     assert family("_norm_kernel", "tiny_gemm::add_rms_norm", "kernel") == "norm"
     assert family("fmha_cutlassF", "aten::_efficient_attention_forward", "kernel") == "attention"
     assert family("unheard_of", None, "kernel") in FAMILIES
+    assert family("tiny_gemm::rms_norm", None, "op") == "norm"  # in a CPU trace the op is the name
+    for op in ("aten::mv", "aten::addmv_", "aten::baddbmm"):  # aten::mv calls aten::addmv_
+        assert family(op, None, "op") == "gemm", op
     assert shorten("aten::mm: nvjet_sm90_tst_8x64_64x16_4x1_v_bz_TNN", 20) == "mm: nvjet_…_v_bz_TNN"
     assert [shorten("abcdefgh", n) for n in (8, 7, 6)] == ["abcdefgh", "abc…fgh", "abc…gh"]
 

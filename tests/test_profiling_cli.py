@@ -1,6 +1,8 @@
 """tiny-gemm profile: a live CPU profile, traces from elsewhere, and mistakes."""
 
+import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,19 @@ def test_trace_from_elsewhere(trace, tmp_path):
     assert (tmp_path / "out" / "report.json").exists()
 
 
+@pytest.mark.parametrize("zipped", [False, True], ids=["plain", "gzip"])
+def test_what_out_holds_of_a_trace_can_be_read_again(trace, tmp_path, zipped):
+    source, out = trace, tmp_path / "out"
+    if not zipped:
+        source = tmp_path / "trace.json"
+        source.write_bytes(gzip.decompress(trace.read_bytes()))
+    for again in (source, out):  # the second time into the directory that it is read from
+        result = run("--trace", again, "--out", out)
+        assert result.exit_code == 0, result.stderr
+        assert gzip.decompress((out / "trace.json.gz").read_bytes()) == gzip.decompress(trace.read_bytes())
+    assert "before / after" in run("--trace", out, "--against", trace).stdout
+
+
 def test_roof_of_ones_own(trace):
     assert json.loads(run("--trace", trace, "--roof-gbps", 4000, "--json").stdout)["roof_gbps"] == 4000
 
@@ -82,3 +97,7 @@ def test_mistakes_are_one_line(checkpoint, trace, tmp_path):
     (tmp_path / "full" / "thesis.txt").write_text("mine")
     refused(run("--trace", trace, "--out", tmp_path / "full"), "not an earlier profile")
     assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.txt"]
+    pipe, writer = os.pipe()
+    os.close(writer)
+    refused(run("--trace", f"/dev/fd/{pipe}", "--out", tmp_path / "out"), "is a pipe", "--out")
+    os.close(pipe)

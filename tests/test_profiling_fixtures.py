@@ -96,6 +96,12 @@ def test_transformers_is_launch_bound(theirs):
     assert theirs.share_of(LAUNCH) > 0.9
 
 
+def test_attention_of_transformers_has_its_bytes(theirs):
+    """9 query and 3 KV heads of 64 in bfloat16, over 522, 523 and 524 keys."""
+    (flash,) = rows_of(theirs, "flash_fprop")
+    assert flash.bytes == 2 * 64 * (9 + 2 * 3 * 523 + 9) and flash.flops == 4 * 64 * 9 * 523
+
+
 def test_the_longest_wait_of_transformers_is_found(theirs):
     """Some 48 ms before the first attention of each step, whose length is new to cuDNN."""
     assert theirs.step.longest_gap_before.startswith("aten::_cudnn_attention_forward")

@@ -241,6 +241,7 @@ def profile(
     with _user_errors(context):
         from tiny_gemm import profiling
         from tiny_gemm.profiling import output
+        from tiny_gemm.profiling.trace import copy_trace
 
         before = None if against is None else profiling.analyse(profiling.read_trace(against), roof_gbps=roof_gbps)
         if out is not None:
@@ -253,9 +254,12 @@ def profile(
             given = [o for n, o in of_a_run.items() if context.get_parameter_source(n).name == "COMMANDLINE"]
             if given:
                 raise ValueError(f"--trace reads a file and runs no MODEL: leave out {', '.join(given)}")
+            if out is not None and Path(trace).is_fifo():
+                raise ValueError(f"--trace {trace} is a pipe and cannot be copied to --out: name a file")
             report = profiling.analyse(profiling.read_trace(trace), roof_gbps=roof_gbps)
             if out is not None:
                 with output.beside(out) as directory:
+                    copy_trace(trace, directory / "trace.json.gz")
                     missing = output.write_all(report, directory)
         else:
             from tiny_gemm import checkpoint

@@ -81,8 +81,11 @@ def _aten_cost(op: str, dims: list, types: list[str], strides: list) -> tuple[fl
             return 2.0 * prod(dims[1]) * row + read(1), 0.0
     if op in _FILLS:
         return float(prod(dims[0]) * item(0)), 0.0
-    if op.startswith("_scaled_dot_product") or op in ("_flash_attention_forward", "_efficient_attention_forward"):
-        length = dims[1][2] if op.startswith("_scaled") else dims[1][1]  # of keys; causal ones are counted in full
+    heads_first = op.startswith("_scaled_dot_product") or op == "_cudnn_attention_forward"  # [B, H, L, D]
+    if heads_first or op in ("_flash_attention_forward", "_efficient_attention_forward"):  # [B, L, H, D]
+        if len(dims[0]) != 4:  # a ragged batch, whose lengths are in another tensor
+            return None
+        length = dims[1][2] if heads_first else dims[1][1]  # of keys; causal ones are counted in full
         return read(0) + read(1) + read(2) + prod(dims[0]) * item(0), 4.0 * prod(dims[0]) * length
     if op in _REDUCTIONS:
         return read(0), 0.0

@@ -7,8 +7,8 @@ _WORDS = {  # the first family with a word that the name of kernel or op contain
     "int4": ("int4", "w4a16", "marlin", "gptq", "awq"),
     "attention": ("attention", "fmha", "flash_fwd", "flash_attn", "sdpa"),
     "gemm": (
-        "gemm", "gemv", "cutlass", "cublas", "matmul", "nvjet", "aten::mm", "aten::addmm", "aten::bmm", "aten::linear",
-        "splitk", "linear_dynamic", "ffn", "_mm_",
+        "gemm", "gemv", "cutlass", "cublas", "matmul", "nvjet", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm",
+        "aten::mv", "aten::addmv", "aten::linear", "splitk", "linear_dynamic", "ffn", "_mm_",
     ),
     "norm": ("norm",),
     "copy": ("memcpy", "memset", "copy", "fill", "aten::cat", "catarray", "aten::clone"),
@@ -20,7 +20,8 @@ def family(name: str, op: str | None, kind: str) -> str:
     """What sort of work a kernel does, for colours and sums, by its name and its op's."""
     if kind in ("memcpy", "memset"):
         return "copy"
-    text = f"{name} {(op or '').removeprefix('tiny_gemm::')}".lower()  # not every op of this project's is a product
+    # Not every op of this project's is a product; on a CPU the op is the name.
+    text = " ".join(part.removeprefix("tiny_gemm::") for part in (name, op or "")).lower()
     return next((f for f, words in _WORDS.items() if any(w in text for w in words)), "other")
 
 

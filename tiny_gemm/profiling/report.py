@@ -63,7 +63,8 @@ class Step:
     """One step (or, in a trace without marked steps, the whole of it) on the average.
 
     step_us: from one step's first kernel to the next one's. known_bytes: share of the kernels' time whose bytes are
-    known. tokens: those that a step makes, where the trace says so. floor_us: what the step's bytes take at the roof.
+    known. bytes_told: whether the trace says what a step's bytes are; otherwise they are the sum of the known ones.
+    tokens: those that a step makes, where the trace says so. floor_us: what the step's bytes take at the roof.
     unprofiled_us: the same step timed without a profiler. longest_gap_us: the longest of a step's idle times, of the
     median step; longest_gap_before: the label of the kernel that came after it.
     """
@@ -78,6 +79,7 @@ class Step:
     tokens_per_s: float | None
     bytes: float | None
     known_bytes: float
+    bytes_told: bool
     floor_us: float | None
     floor_tokens_per_s: float | None
     unprofiled_us: float | None
@@ -86,6 +88,11 @@ class Step:
     verdict: str
     reason: str
     advice: str
+
+    @property
+    def floor_is_partial(self) -> bool:
+        """Whether the floor is that of the known bytes only, and more than a twentieth of the time has unknown ones."""
+        return self.floor_us is not None and not self.bytes_told and self.known_bytes <= 0.95
 
 
 @dataclass(frozen=True)
@@ -421,7 +428,8 @@ def _step(trace, rows, steps, step_us, busy_fraction, kernels, total_us, roof, l
     counted = [row for row in rows if row.bytes is not None]
     known = sum(row.total_us for row in counted) / total_us
     n_bytes = sum(row.bytes * row.calls for row in counted) / steps if counted else None
-    if (told := trace.metadata.get("step_bytes")) is not None:
+    told = trace.metadata.get("step_bytes")
+    if told is not None:
         n_bytes = float(told)
     floor_us = n_bytes / roof / 1e3 if n_bytes and roof else None
     tokens = trace.metadata.get("tokens_per_step")
@@ -437,6 +445,7 @@ def _step(trace, rows, steps, step_us, busy_fraction, kernels, total_us, roof, l
         tokens_per_s=tokens * 1e6 / step_us if tokens and step_us else None,
         bytes=n_bytes,
         known_bytes=known,
+        bytes_told=told is not None,
         floor_us=floor_us,
         floor_tokens_per_s=tokens * 1e6 / floor_us if tokens and floor_us else None,
         unprofiled_us=trace.metadata.get("unprofiled_step_us"),

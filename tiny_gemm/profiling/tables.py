@@ -100,7 +100,7 @@ def _headline(report: "Report") -> list[str]:
     if s.floor_us:
         reached = s.floor_us / (s.unprofiled_us or s.step_us)
         at_best = f", {rate(s.floor_us)}" if report.marked_steps else ""
-        whose = "" if s.known_bytes > 0.95 else f" (bytes known for {s.known_bytes:.0%} of the {unit}' time)"
+        whose = f" (bytes known for {s.known_bytes:.0%} of the {unit}' time)" if s.floor_is_partial else ""
         lines.append(
             f"floor: {s.bytes / 1e6:,.1f} MB take {s.floor_us:,.1f} us at the roof{at_best}; "
             f"{reached:.1%} of that speed reached{whose}"
@@ -162,7 +162,10 @@ def comparison(before: "Report", after: "Report") -> Table:
     line("busy", a.busy_fraction, b.busy_fraction, "{:.0%}", ratio=False)
     line("idle, us", a.idle_us, b.idle_us)
     line("kernels" if before.processor == "gpu" else "calls", a.kernels, b.kernels, "{:,.0f}")
-    line("floor of its bytes, us", a.floor_us, b.floor_us)
+    line("floor of its bytes, us", a.floor_us, b.floor_us, ratio=not (a.floor_is_partial or b.floor_is_partial))
+    for when, step in (("before", a), ("after", b)):
+        if step.floor_is_partial:
+            table.add_row(f"  ({when}: bytes known for {step.known_bytes:.0%} of the time)")
     for heading, names, key in (
         ("kernels' time by work, us", FAMILIES, lambda r: r.family),
         ("kernels' time by verdict, us", roofline.VERDICTS, lambda r: r.verdict),

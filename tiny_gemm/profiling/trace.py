@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import zlib
 from array import array
@@ -346,6 +347,12 @@ def _three(value) -> tuple[int, int, int]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Writing
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def copy_trace(source: str | Path, destination: str | Path) -> None:
+    """Copies a trace, gzipped; its text stays as it is."""
+    with _scan(source) as scanner, _write_gzip(destination) as out:
+        shutil.copyfileobj(scanner.stream, out, CHUNK)
 
 
 def add_metadata(source: str | Path, destination: str | Path, metadata: dict) -> None:
