@@ -12,6 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import sweep_decode_attention, sweep_fused_attention, sweep_int4_gemm, sweeps
+from benchmarks.attention import CACHES_8_BIT
 from benchmarks.sweep_decode_attention import attend, sweep_case
 from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
@@ -182,7 +183,9 @@ def test_attention_is_checked_before_it_is_timed(filled, cached, monkeypatch, ca
     assert [(row["config"]["num_splits"], row["picked"]) for row in rows] == [(2, True)]
     token = 2 * 64 * 2 if cached is None else 2 * (64 + 4)
     assert rows[0]["floor_us"] == (2 * 2 * 4 * 64 * 2 + 2 * 2 * token * (filled + 1)) / 1e3
-    assert 0 <= rows[0]["max_rel_err"] < 1e-2 and rows[0]["us"] == 2
+    # Of 8 bits, a number halfway between two codes may round either way.
+    bound = 1e-2 if cached is None else dict(CACHES_8_BIT.values())[cached]
+    assert 0 <= rows[0]["max_rel_err"] < bound and rows[0]["us"] == 2
     said = capsys.readouterr().err
     assert f"{wrong} is wrong by 1" in said and f"{failed}: RuntimeError: out of registers\n" in said
     assert decode_attention.pick_config is pick_config

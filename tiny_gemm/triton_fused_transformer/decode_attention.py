@@ -256,7 +256,7 @@ def _decode_attention_kernel(
         exchange = exchange_buffer(WARPS, BLOCK_G, BLOCK_D, E_V)
     done = 1
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
-    go_on = split < splits
+    go_on = split < splits  # true, but a loop carries a tensor
     while go_on:  # a split; only one if not IN_TURNS
         while start >= begin // STEP * STEP:  # from its second tile from the end to its first; all tokens exist
             k, even, odd, scales = load_tile(
