@@ -86,13 +86,12 @@ def main(arguments: list[str] | None = None) -> int:
         return mistake(str(e))
     summary = {}
     if args.load:
-        runs, environments = rows_of(loaded), [environment for environment, _ in loaded.values()]
+        runs = rows_of(loaded)
         for name, rows in runs.items():
             report.show(console, name, rows)
     else:
         with torch.no_grad():
             runs, summary = run(args, console)
-        environments = [summary["environment"]]
     rows, interrupted = together(runs), summary.get("interrupted", False)
     if not rows and not interrupted:
         return mistake(f"no arm has a name like {' or '.join(args.impl)}")
@@ -101,7 +100,8 @@ def main(arguments: list[str] | None = None) -> int:
         before = together(rows_of(old))
         if args.compare.is_dir() and not args.load:  # which may have suites that nobody asked for
             before = [row for row in before if row["suite"] in {row["suite"] for row in rows}]
-        name_runs(console, [environment for environment, _ in old.values()], environments)
+        new = [environment for environment, _ in loaded.values()] or [summary["environment"]]
+        name_runs(console, [environment for environment, _ in old.values()], new)
         summary["compared"] = compare(console, rows, before)
     print(json.dumps(summary))
     if interrupted:
@@ -221,8 +221,6 @@ def together(runs: dict[str, list[dict]]) -> list[dict]:
 
 def load(path: Path) -> dict[str, tuple[dict, list[dict]]]:
     """(environment, rows) of each result in a directory, or of the one file."""
-    if not path.exists():
-        raise ValueError(f"{path}: No such file or directory")
     found = {file.stem: results.load(file) for file in result_files(path)}
     if not any(rows for _, rows in found.values()):
         raise ValueError(f"{path} has no results")

@@ -164,9 +164,8 @@ def _decode_8_bit(machine: Machine, inputs: tuple, name: str, flops: int) -> Arm
     """Held to the oracle of the cache as it was: its error is that of quantization."""
     cached, bound = CACHES_8_BIT[name]
     q, k_cache = inputs[0], inputs[3]
-    nbytes = (
-        2 * k_cache.numel() + 2 * 4 * k_cache.numel() // k_cache.shape[-1] + 2 * q.nbytes
-    )  # K and V, scales, q, out
+    vectors = 2 * k_cache[..., 0].numel()  # keys and values
+    nbytes = vectors * (k_cache.shape[-1] + 4) + 2 * q.nbytes  # a byte an element, a scale each; q and the output
 
     def calls() -> list[Callable]:
         (q, k, v, k_cache, v_cache, *rest), kv_scale = in_8_bits(inputs, cached)

@@ -24,7 +24,7 @@ from benchmarks.cases import (
     left_out,
     needs_gpu,
     relative_error,
-)  # fmt: skip
+)
 from benchmarks.presets import RandomWeight, clone, group_size, projections, random_weight
 from benchmarks.timing import Machine
 from tiny_gemm import ops
@@ -41,7 +41,6 @@ ODD_SHAPES = (  # (K, N), group 32: SmolLM2's and others that no power of two di
     (576, 192), (576, 1536), (576, 49152), (1536, 576), (2880, 2880), (7392, 4096), (10944, 2048), (18944, 3584),
 )  # fmt: skip
 COMPILED = {(4096, 4096, 1), (4096, 4096, 8), (2048, 16384, 1)}
-AT = f"at (K, N, M) {sorted(COMPILED)} in groups of 128, bfloat16"
 GEMLITE_ROWS = (1, 8)
 GEMLITE_BOUND = 5e-2
 GEMLITE_NOTE = "adds partial sums by bfloat16 atomics, its default: less exact than the others, and not the same twice"
@@ -157,7 +156,7 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
         needs_gpu(machine)
         return w.gemlite
 
-    def compiled_linear() -> list:
+    def dense_compiled() -> list:
         needs_gpu(machine)
         call = compiled(linear)
         return [functools.partial(call, x.clone(), weight) for weight in w.dense]
@@ -169,10 +168,10 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
         Arm("tiny-gemm-int4", over(lambda: w.int4, ops.int4_gemm), int4_bytes, flops),
     ]
     usual = group == 128 and dtype == torch.bfloat16
-    calls = over(gemlite, lambda x, layer: layer(x))
-    if not (usual and m in GEMLITE_ROWS):
-        calls = left_out(f"at M {GEMLITE_ROWS} in groups of 128, bfloat16")
+    tuned, tunes = usual and m in GEMLITE_ROWS, over(gemlite, lambda x, layer: layer(x))
+    calls = tunes if tuned else left_out(f"at M {GEMLITE_ROWS} in groups of 128, bfloat16")
     arms.insert(2, Arm("gemlite-int4", calls, peer_bytes, flops, note=GEMLITE_NOTE, bound=GEMLITE_BOUND))
-    calls = compiled_linear if usual and (k, n, m) in COMPILED else left_out(AT)
+    compiles = usual and (k, n, m) in COMPILED
+    calls = dense_compiled if compiles else left_out(f"at (K, N, M) {sorted(COMPILED)} in groups of 128, bfloat16")
     arms.insert(1, Arm("torch.compile", calls, dense_bytes, flops))
     return Work(arms, lambda y: relative_error(y, oracle), BOUNDS[dtype])

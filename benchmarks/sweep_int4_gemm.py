@@ -18,7 +18,8 @@ import json
 import math
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, fields
 
 import torch
 
@@ -27,7 +28,14 @@ from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
 from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts, device_facts
-from tiny_gemm.int4_config import DECODE_ROWS, DecodeConfig, SplitConfig, registers_needed, stage_bytes
+from tiny_gemm.int4_config import (
+    DECODE_ROWS,
+    DecodeConfig,
+    SplitConfig,
+    groups_a_unit,
+    registers_needed,
+    stage_bytes,
+)
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
 
 REGISTERS = (64, 80, 96, 112, 128, 168, 255)
@@ -47,7 +55,7 @@ def candidates(
     """Configurations worth timing for m rows and a weight of n rows and k columns."""
     if m > DECODE_ROWS:
         return _many_rows_candidates(k, n, m, facts, quick)
-    groups = 1 if group == -1 else unit_k(k) // group  # a unit
+    groups = groups_a_unit(group, k)
     unit = unit_k(k)
     units = math.ceil(k / unit)
     x_tiles = 1 if m <= 8 else 2
@@ -103,9 +111,8 @@ def compile_one(job: tuple) -> str | None:
     return None
 
 
-Found = list[
-    tuple[int, DecodeConfig | SplitConfig | None, float]
-]  # m, configuration (None: pick_config's), microseconds
+# m, configuration (None: pick_config's), microseconds
+Found = list[tuple[int, DecodeConfig | SplitConfig | None, float]]
 
 
 def sweep_shape(weights: list[Int4Weight], configs: dict[int, list], dtype: torch.dtype, machine: Machine) -> Found:
@@ -171,6 +178,11 @@ def best_of(found: Found) -> list[tuple[int, DecodeConfig]]:
     return best
 
 
+def names_of(configs: Iterable[DecodeConfig | SplitConfig]) -> list[str]:
+    """What the numbers of each kind of configuration are, in their order."""
+    return [f"{kind.__name__}: {', '.join(f.name for f in fields(kind))}" for kind in dict.fromkeys(map(type, configs))]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = sweep_parser(__doc__)
     parser.add_argument("--shapes", nargs="+", default=[], metavar="KxN")
@@ -200,18 +212,12 @@ def main(arguments: list[str] | None = None) -> int:
     for (k, n), group in shapes.items():
         for m, for_m in configs[k, n].items():
             for config in for_m:
-                step = config.warps * config.warp_units * unit_k(k) if isinstance(config, DecodeConfig) else 1
-                key = config, m > 8, step >= k, k % step == 0, unit_k(k), group
-                jobs[key] = m, n, k, group, not args.zeros, args.gated, dtype, config
+                launch = triton_gemm.plan(m, n, k, group, not args.zeros, facts, config, "silu" if args.gated else None)
+                jobs[launch.launcher] = m, n, k, group, not args.zeros, args.gated, dtype, config
     compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))
-    names = (
-        "rows of W, of x, splits, warps, stages"
-        if min(args.rows) > DECODE_ROWS
-        else ("row tiles, warp units, warps, stages, registers, splits")
-    )
-    print(f"{facts.name}: roof {machine.roof_gbps:,.0f} GB/s; {names}")
+    print(f"{facts.name}: roof {machine.roof_gbps:,.0f} GB/s; {'; '.join(names_of(job[-1] for job in jobs.values()))}")
     table = {"gpu": facts.name, "entries": []}
     timings = []
     for (k, n), group in shapes.items():

@@ -16,6 +16,7 @@ from test_decode_attention import (
     _write_late_kernel,
     check_arrival,
     check_loop,
+    check_turns,
     clone_caches,
     implementation,  # noqa: F401
     lse_ref,
@@ -199,15 +200,8 @@ def test_row_alone_has_the_bits_of_the_batch(implementation, cache):  # noqa: F8
 def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device, cache):
     case = Case(8, 2, 1000, (999, 0, 63, 64, 500), D=128)
     inputs, kv_scale = quantized(make_inputs(case, torch.bfloat16, device), cache)
-    config = DecodeAttentionConfig(6, num_warps=4 if device == "cuda" else 1, tiles=1)
-    monkeypatch.setattr(decode, "pick_config", lambda *_: config)
-    results = []
-    for blocks in (6, 4, 2, 1):
-        monkeypatch.setattr(decode, "blocks_of", lambda *_, blocks=blocks: blocks)
-        results.append(bits(*run(decode.decode_attention, inputs, kv_scale)))
+    check_turns(monkeypatch, device, lambda: bits(*run(decode.decode_attention, inputs, kv_scale)))
     check_against_oracle(decode.decode_attention, inputs, kv_scale)
-    for result in results[1:]:
-        assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
 
 
 @every_cache

@@ -53,6 +53,14 @@ def test_candidates_for_many_rows(k, n, m, quick):
     assert all(c.block_m < 2 * max(m, 32) for c in found)
 
 
+def test_each_kind_of_configuration_is_explained():
+    names = sweep_int4_gemm.names_of([A, SplitConfig(64, 64, 1, 4, 3), B])
+    assert names == [
+        "DecodeConfig: row_tiles, warp_units, warps, stages, max_registers, splits",
+        "SplitConfig: block_n, block_m, splits, num_warps, stages",
+    ]
+
+
 def test_more_than_16_rows_get_no_entry():
     many = SplitConfig(64, 64, 1, 4, 3)
     assert best_of([(64, None, 9.0), (64, many, 5.0)]) == []

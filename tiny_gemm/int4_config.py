@@ -62,12 +62,15 @@ def pick_config(
         if block_m >= 8 and facts.capability == (9, 0):  # by wgmma from 16 rows on, with the same bits: tested there
             block_n = 128
         return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
-    return _many_rows_config(m, n, triton.cdiv(k, unit), group_size < unit and group_size != -1, symmetric, facts)
+    return _many_rows_config(m, n, triton.cdiv(k, unit), groups_a_unit(group_size, k), symmetric, facts)
 
 
-def _many_rows_config(
-    m: int, n: int, units: int, small_groups: bool, symmetric: bool, facts: DeviceFacts
-) -> SplitConfig:
+def groups_a_unit(group_size: int, k: int) -> int:
+    """How many groups a unit of K has; per channel it counts as one."""
+    return 1 if group_size == -1 else unit_k(k) // group_size
+
+
+def _many_rows_config(m: int, n: int, units: int, groups: int, symmetric: bool, facts: DeviceFacts) -> SplitConfig:
     """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md; the --rows of
     benchmarks/sweep_int4_gemm.py do it again.
 
@@ -79,23 +82,23 @@ def _many_rows_config(
     rows = 32 if m <= 32 or not (symmetric or in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
     narrow = _cut_k(SplitConfig(64, rows, 1, 4, stages), m, n, units, 3 * sms)
+    fits = _blocks(narrow, m, n) <= 3 * sms
     if not facts.is_nvidia:
         return narrow
     if m <= 32:
-        return narrow if triton.cdiv(n, 64) <= 3 * sms else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
+        return narrow if fits else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
     room = sms if m <= 128 else 2 * sms
     wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, room)
-    if 64 < m <= 128 and symmetric and in_registers and not small_groups:
+    if 64 < m <= 128 and symmetric and in_registers and groups == 1:
         tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, room)  # unpacks W once
         wide = tall if units >= 16 * tall.splits else wide
     filled = _filled(wide, m, n, room)
-    fits = _blocks(narrow, m, n) <= 3 * sms
     return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
 def most_rows(group_size: int, k: int, symmetric: bool) -> int:
     """With more rows of x than this, W is dequantized once for a product in 16 bits. Found on an H200, 2026-11-29."""
-    if unit_k(k) > group_size != -1:  # more scales, more sums
+    if groups_a_unit(group_size, k) > 1:  # more scales, more sums
         return 192 if symmetric else 64
     return 256 if symmetric else 128
 
@@ -124,7 +127,7 @@ def pick_decode_config(
     """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
     unit = unit_k(k)
     units = triton.cdiv(k, unit)
-    groups = 1 if group_size == -1 else unit // group_size  # a unit
+    groups = groups_a_unit(group_size, k)
     if facts.is_nvidia:
         tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
         blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, symmetric, gated)

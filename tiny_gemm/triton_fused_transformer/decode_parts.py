@@ -404,15 +404,22 @@ def _partials(partial_ptr, batch, kv_head, NUM_SPLITS: tl.constexpr, GROUP: tl.c
 
 
 @triton.jit
+def _threads_of_heads(out, G: tl.constexpr):
+    """Of the threads that have what _merge_warps gives, [R, GROUP * LANES]: (head, lane of it, whether it is the first
+    of a head that is there)."""
+    LANES: tl.constexpr = out.shape[1] // triton.next_power_of_2(G)
+    offs_n = tl.arange(0, out.shape[1])
+    head = offs_n // LANES
+    return head, offs_n % LANES, (offs_n % LANES == 0) & (head < G)
+
+
+@triton.jit
 def _store_split(partial_ptr, weight_ptr, out, weight, split, G: tl.constexpr, NUM_SPLITS: tl.constexpr):
     """What _merge_warps gives, to where _partials says."""
     R: tl.constexpr = out.shape[0]
     N: tl.constexpr = out.shape[1]
-    LANES: tl.constexpr = N // triton.next_power_of_2(G)
-    offs_n = tl.arange(0, N)
-    head = offs_n // LANES
-    tl.store(partial_ptr + (split * N + offs_n)[None, :] * R + tl.arange(0, R)[:, None], out)
-    is_first = (offs_n % LANES == 0) & (head < G)
+    tl.store(partial_ptr + (split * N + tl.arange(0, N))[None, :] * R + tl.arange(0, R)[:, None], out)
+    head, _, is_first = _threads_of_heads(out, G)
     tl.store(weight_ptr + head * triton.next_power_of_2(NUM_SPLITS) + split, weight, mask=is_first)
 
 
@@ -461,14 +468,11 @@ def finish(
 def _store_output(out_ptr, lse_ptr, out, weight, group, G: tl.constexpr, D: tl.constexpr):
     """What _merge_warps gives: out to out_ptr [G, D], weight, as a natural logarithm, to lse_ptr [B * Hkv, G]."""
     R: tl.constexpr = out.shape[0]
-    LANES: tl.constexpr = out.shape[1] // triton.next_power_of_2(G)
-    offs_n = tl.arange(0, out.shape[1])
-    head = offs_n // LANES
-    col = (offs_n % LANES * R)[None, :] + tl.arange(0, R)[:, None]
+    head, lane, is_first = _threads_of_heads(out, G)
+    col = (lane * R)[None, :] + tl.arange(0, R)[:, None]
     mask = (head < G)[None, :] & (col < D)
     tl.store(out_ptr + head[None, :] * D + col, out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
-        is_first = (offs_n % LANES == 0) & (head < G)
         tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
 
 
