@@ -158,8 +158,11 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
             call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):  # torch.cuda.graph would also hand all cached memory back, each time
+    with torch.cuda.stream(side):
         torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        if free < total // 2:  # while capturing, torch hands no cached memory back (and here only then: it takes long)
+            torch.cuda.empty_cache()
         graph.capture_begin()
         try:
             for call in calls:

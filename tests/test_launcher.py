@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime.jit import JITFunction
 
 from tiny_gemm import launcher, triton_gemm
-from tiny_gemm.launcher import Launcher, specialize
+from tiny_gemm.launcher import FixedLaunch, Launcher, specialize
 from tiny_gemm.triton_fused_transformer import attention, decode_attention, ffn, norm
 
 
@@ -57,6 +57,17 @@ def make(case, device="cpu"):
     y = torch.full((n,), float("nan"), device=device)
     expected = x[::step].float() * 0.5 + (bias if with_bias else 0.0)
     return (triton.cdiv(n, 64), 1, 1), (x, bias, y), (n, step, 0.5), expected
+
+
+every_way = pytest.mark.parametrize("way", ["Launcher", "FixedLaunch"])
+
+
+def scale(way, grid, scalars, **options):
+    """What launches _scale_kernel for tensors."""
+    launcher = Launcher(_scale_kernel, BLOCK=64, NEGATE=False, **options)
+    if way == "FixedLaunch":
+        return FixedLaunch(launcher, grid, scalars)
+    return lambda tensors: launcher(grid, tensors, scalars)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,11 +215,12 @@ def plain(arguments):
     "options", [{}, {"launch_pdl": True}, {"launch_cooperative_grid": True, "num_warps": 8}], ids=str
 )
 @every_case
-def test_the_short_cut_launches_what_triton_does(chip, ordinary_launches, case, options):
+@every_way
+def test_the_short_cut_launches_what_triton_does(chip, ordinary_launches, way, case, options):
     grid, tensors, scalars, _ = make(case)
-    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False, **options)
-    launch(grid, tensors, scalars)
-    launch(grid, tensors, scalars)
+    launch = scale(way, grid, scalars, **options)
+    launch(tensors)
+    launch(tensors)
     first, second = map(plain, RecordingLauncher.calls)
     assert first == second
     assert first[0][:4] == (*grid, chip.stream) and first[2][0] == options.get("num_warps", 4)
@@ -226,6 +238,19 @@ def test_every_specialization_has_its_kernel(chip, ordinary_launches):
     kernels = dict(zip(wanted, (call[4] for call in RecordingLauncher.calls), strict=True))
     assert [kernels[w] for w in wanted] == [call[4] for call in RecordingLauncher.calls]
     assert len(set(kernels.values())) == len(kernels) == chip.loaded == len(ordinary_launches)
+
+
+@pytest.mark.aot
+def test_a_fixed_launch_looks_at_every_address(chip, ordinary_launches):
+    grid, (x, bias, y), scalars, _ = make(CASES["aligned"])
+    moved = [torch.zeros(t.numel() + 1)[1:] for t in (x, bias, y)]
+    launch = scale("FixedLaunch", grid, scalars)
+    for _ in range(2):
+        for tensors in ((x, bias, y), (moved[0], bias, y), (x, moved[1], y), (x, bias, moved[2])):
+            launch(tensors)
+    kernels = [call[4] for call in RecordingLauncher.calls]
+    assert kernels[:4] == kernels[4:] and len(set(kernels)) == 4 == len(ordinary_launches)
+    assert plain(RecordingLauncher.calls[-1])[3][:3] == [t.data_ptr() for t in (x, bias, moved[2])]
 
 
 @pytest.mark.aot
@@ -248,7 +273,8 @@ class On:
 
 
 @pytest.mark.aot
-def test_each_device_has_its_kernel_and_becomes_the_current_one(chip, ordinary_launches, monkeypatch):
+@every_way
+def test_each_device_has_its_kernel_and_becomes_the_current_one(chip, ordinary_launches, monkeypatch, way):
     @contextlib.contextmanager
     def guard(device):
         before, chip.device = chip.device, device
@@ -258,23 +284,24 @@ def test_each_device_has_its_kernel_and_becomes_the_current_one(chip, ordinary_l
     monkeypatch.setattr(torch.cuda, "device", guard)
     monkeypatch.setattr(launcher, "current_device", chip.get_current_device)
     grid, (x, bias, y), scalars, _ = make(CASES["aligned"])
-    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False)
+    launch = scale(way, grid, scalars)
     for device in (1000, 1001, 1000, 1001):
-        launch(grid, (On(device, x), bias, y), scalars)
+        launch((On(device, x), bias, y))
     assert [call[4] for call in RecordingLauncher.calls] == [1, 2, 1, 2] and len(ordinary_launches) == 2
     assert chip.device == 1000
 
 
 @pytest.mark.aot
-def test_whoever_watches_sees_every_launch(chip, ordinary_launches, monkeypatch):
+@every_way
+def test_whoever_watches_sees_every_launch(chip, ordinary_launches, monkeypatch, way):
     grid, tensors, scalars, _ = make(CASES["aligned"])
-    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False)
-    launch(grid, tensors, scalars)
+    launch = scale(way, grid, scalars)
+    launch(tensors)
     runtime = triton.knobs.runtime
 
     def is_ordinary():
         before = len(ordinary_launches)
-        launch(grid, tensors, scalars)
+        launch(tensors)
         return len(ordinary_launches) == before + 1
 
     hook = lambda metadata: None  # noqa: E731
@@ -298,12 +325,13 @@ def test_whoever_watches_sees_every_launch(chip, ordinary_launches, monkeypatch)
 
 @pytest.mark.aot
 @pytest.mark.parametrize("version", ["3.5.1", "3.9.0", "4.0"])
-def test_an_unknown_triton_launches_the_ordinary_way(chip, ordinary_launches, monkeypatch, version):
+@every_way
+def test_an_unknown_triton_launches_the_ordinary_way(chip, ordinary_launches, monkeypatch, version, way):
     monkeypatch.setattr(triton, "__version__", version)
     grid, tensors, scalars, _ = make(CASES["aligned"])
-    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False)
-    launch(grid, tensors, scalars)
-    launch(grid, tensors, scalars)
+    launch = scale(way, grid, scalars)
+    launch(tensors)
+    launch(tensors)
     assert len(ordinary_launches) == 2
 
 
@@ -360,14 +388,10 @@ def test_same_results_in_the_interpreter(case):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def scale():
-    return Launcher(_scale_kernel, BLOCK=64, NEGATE=False, num_warps=2)
-
-
 @pytest.mark.gpu
 def test_same_results_on_a_gpu():
     """Each case three times, in turns with the others, through one Launcher."""
-    launch = scale()
+    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False, num_warps=2)
     for case in [*CASES.values()] * 3:
         grid, tensors, scalars, expected = make(case, "cuda")
         launch(grid, tensors, scalars)
@@ -376,24 +400,28 @@ def test_same_results_on_a_gpu():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.version.hip is not None, reason="the short cut is for NVIDIA")
-def test_the_second_call_takes_the_short_cut(ordinary_launches):
-    launch = scale()
+@pytest.mark.parametrize("case", ["aligned", "unaligned"])
+@every_way
+def test_the_second_call_takes_the_short_cut(ordinary_launches, way, case):
+    grid, _, scalars, _ = make(CASES[case])
+    launch = scale(way, grid, scalars)
     for _ in range(3):
-        grid, tensors, scalars, expected = make(CASES["unaligned"], "cuda")
-        launch(grid, tensors, scalars)
+        _, tensors, _, expected = make(CASES[case], "cuda")
+        launch(tensors)
         assert torch.equal(tensors[2], expected)
     assert len(ordinary_launches) == 1
 
 
 @pytest.mark.gpu
-def test_captured_in_a_cuda_graph():
-    launch = scale()
+@every_way
+def test_captured_in_a_cuda_graph(way):
     grid, tensors, scalars, expected = make(CASES["aligned"], "cuda")
-    launch(grid, tensors, scalars)
+    launch = scale(way, grid, scalars)
+    launch(tensors)
     tensors[2].fill_(7.0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(grid, tensors, scalars)
+        launch(tensors)
     torch.cuda.synchronize()
     assert (tensors[2] == 7.0).all(), "a captured launch does not run"
     graph.replay()
@@ -401,31 +429,34 @@ def test_captured_in_a_cuda_graph():
 
 
 @pytest.mark.gpu
-def test_on_the_current_stream():
-    launch = scale()
+@every_way
+def test_on_the_current_stream(way):
     grid, tensors, scalars, expected = make(CASES["aligned"], "cuda")
-    launch(grid, tensors, scalars)
+    launch = scale(way, grid, scalars)
+    launch(tensors)
     tensors[2].fill_(7.0)
     torch.cuda.synchronize()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         torch.cuda._sleep(100_000_000)  # some 50 ms
-        launch(grid, tensors, scalars)
+        launch(tensors)
     early = tensors[2].clone()  # on the default stream, which waits for nobody
     side.synchronize()
     assert (early == 7.0).all() and torch.equal(tensors[2], expected)
 
 
 @pytest.mark.gpu
-def test_a_hook_that_is_set_in_between_sees_its_launches():
-    launch, seen = scale(), []
+@every_way
+def test_a_hook_that_is_set_in_between_sees_its_launches(way):
+    grid, _, scalars, _ = make(CASES["aligned"])
+    launch, seen = scale(way, grid, scalars), []
     hooks = triton.knobs.runtime.launch_enter_hook
     note = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
     for hooked in (False, False, True, True, False):
         (hooks.add if hooked else hooks.remove)(note)
         try:
-            grid, tensors, scalars, expected = make(CASES["aligned"], "cuda")
-            launch(grid, tensors, scalars)
+            _, tensors, _, expected = make(CASES["aligned"], "cuda")
+            launch(tensors)
         finally:
             hooks.remove(note)
         assert torch.equal(tensors[2], expected)
@@ -434,7 +465,7 @@ def test_a_hook_that_is_set_in_between_sees_its_launches():
 
 @pytest.mark.gpu
 def test_threads_with_streams_of_their_own():
-    launch, errors = scale(), []
+    launch, errors = Launcher(_scale_kernel, BLOCK=64, NEGATE=False, num_warps=2), []
     for case in CASES.values():  # compiled here: whether Triton compiles in many threads is not the question
         launch(*make(case, "cuda")[:3])
 
@@ -459,7 +490,7 @@ def test_threads_with_streams_of_their_own():
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_tensors_device_becomes_the_current_one():
-    launch = scale()
+    launch = Launcher(_scale_kernel, BLOCK=64, NEGATE=False, num_warps=2)
     for device in ("cuda:1", "cuda:0", "cuda:1", "cuda:0"):
         grid, tensors, scalars, expected = make(CASES["aligned"], device)
         launch(grid, tensors, scalars)

@@ -27,17 +27,22 @@ class DeviceFacts:
 INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)
 
 
+_FACTS: dict[torch.device, DeviceFacts] = {}
+
+
 def device_facts(device: torch.device) -> DeviceFacts:
     """Facts of a CUDA or ROCm device; a CPU device means Triton's interpreter."""
-    if device.index is None and device.type != "cpu":
-        device = torch.device(device.type, torch.cuda.current_device())
-    return _facts(device)
+    facts = _FACTS.get(device)  # a device's own attributes take longer to read
+    if facts is None:
+        if device.type == "cpu":
+            return INTERPRETED
+        if device.index is None:
+            return device_facts(torch.device(device.type, torch.cuda.current_device()))
+        facts = _FACTS[device] = _ask(device)
+    return facts
 
 
-@cache
-def _facts(device: torch.device) -> DeviceFacts:
-    if device.type == "cpu":
-        return INTERPRETED
+def _ask(device: torch.device) -> DeviceFacts:
     p = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     return DeviceFacts(

@@ -38,7 +38,7 @@ from tiny_gemm.int4_config import (
     pick_decode_config,
     read_table,
 )
-from tiny_gemm.launcher import Launcher
+from tiny_gemm.launcher import FixedLaunch, Launcher
 from tiny_gemm.quantize_utils import TILE_N, unit_k
 from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, wait_for_previous
 
@@ -743,6 +743,7 @@ def load_table(path: str | os.PathLike) -> None:
     of pick_config. The environment variable TINY_GEMM_TABLE does the same. ValueError for a file that is no table."""
     _TABLE.update(read_table(path))
     plan.cache_clear()
+    _fixed_launch.cache_clear()
 
 
 class Launch(NamedTuple):
@@ -793,6 +794,26 @@ def plan(
     return launch
 
 
+@lru_cache(maxsize=4096)
+def _fixed_launch(
+    m: int,
+    n: int,
+    k: int,
+    stride_xm: int,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    zero_dtype: torch.dtype | None,  # None: symmetric
+    bias_dtype: torch.dtype | None,
+    group_size: int,
+    facts: DeviceFacts,
+    config: DecodeConfig | SplitConfig | None,
+    activation: str | None = None,
+) -> tuple[FixedLaunch, int, int]:
+    """(the plan's launch for tensors of these dtypes, its partials and arrivals)"""
+    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zero_dtype is None, facts, config, activation)
+    return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
+
+
 @cache
 def _decode_launcher(
     config: DecodeConfig, x_tiles: int, one_step: bool, whole_steps: bool, unit: int, group_size: int,
@@ -816,11 +837,14 @@ def _split_launcher(config: SplitConfig, unit: int, group_size: int, facts: Devi
     )  # fmt: skip
 
 
-def check_aligned(**tensors: Tensor | None) -> None:
+def check_aligned(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str = "") -> None:
     """ValueError unless the parts of a packed weight lie as the kernels load them, 16 bytes at a time."""
-    for name, t in tensors.items():
+    if (packed.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())) % 16 == 0:
+        return
+    for part, t in (("packed", packed), ("scales", scales), ("zeros", zeros)):
         if t is not None and t.data_ptr() % 16:
-            raise ValueError(f"{name} begins at address {t.data_ptr():#x}; it must be aligned to 16 bytes: clone() it")
+            where = f"begins at address {t.data_ptr():#x}; it must be aligned to 16 bytes: clone() it"
+            raise ValueError(f"{name}{part} {where}")
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -845,21 +869,25 @@ def int4_gemm(
     x = _readable(x)
     if bias is not None:
         bias = bias.contiguous()
-    check_aligned(packed=packed, scales=scales, zeros=zeros)
-    if config is None and m > most_rows(group_size, k, zeros is None):
+    check_aligned(packed, scales, zeros)
+    if config is None and m > DECODE_ROWS and m > most_rows(group_size, k, zeros is None):
         return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config)
-    partials, arrivals = None, None
-    if launch.partials:
-        partials, arrivals = scratch(x, launch.partials), counters(x.device, launch.arrivals, "int4_gemm")
-    if launch.launcher.kernel is _int4_decode_kernel:
-        tensors = x, packed, scales, zeros, None, None, None, bias, y, partials, arrivals
+    device = x.device
+    launch, partials, arrivals = _fixed_launch(
+        m, out_features, k, x.stride(0), x.dtype, scales.dtype, None if zeros is None else zeros.dtype,
+        None if bias is None else bias.dtype, group_size, device_facts(device), config,
+    )  # fmt: skip
+    if partials:
+        partials, arrivals = scratch(x, partials), counters(device, arrivals, "int4_gemm")
     else:
-        tensors = x, packed, scales, zeros, bias, y, partials, arrivals
-    launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
+        partials = arrivals = None
+    if launch.launcher.kernel is _int4_decode_kernel:
+        launch((x, packed, scales, zeros, None, None, None, bias, y, partials, arrivals))
+    else:
+        launch((x, packed, scales, zeros, bias, y, partials, arrivals))
     return y
 
 
@@ -898,14 +926,16 @@ def int4_gated_linear(
     """act(x @ gate.T) * (x @ W.T) for x [M <= DECODE_ROWS, K]; see ops.int4_gated_linear."""
     m, k = x.shape
     x = _readable(x)
-    check_aligned(packed=packed, scales=scales, zeros=zeros)
-    check_aligned(gate_packed=gate_packed, gate_scales=gate_scales, gate_zeros=gate_zeros)
+    check_aligned(packed, scales, zeros)
+    check_aligned(gate_packed, gate_scales, gate_zeros, "gate_")
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    launch = plan(m, out_features, k, group_size, zeros is None, device_facts(x.device), config, activation)
-    tensors = x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None
-    launch.launcher(launch.grid, tensors, (m, out_features, k, x.stride(0)))
+    launch, _, _ = _fixed_launch(
+        m, out_features, k, x.stride(0), x.dtype, scales.dtype, None if zeros is None else zeros.dtype,
+        None, group_size, device_facts(x.device), config, activation,
+    )  # fmt: skip
+    launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None))
     return y
 
 

@@ -380,8 +380,10 @@ def int4_ffn(
 ) -> Tensor:
     """x [M <= 16, d] through Int4Weights given by their parts -> [M, out_features]; see ops.int4_ffn."""
     x, b1, b2 = _check(x, b1, b2)
-    check_aligned(w1_packed=w1_packed, w1_scales=w1_scales, w1_zeros=w1_zeros, w2_packed=w2_packed)
-    check_aligned(w2_scales=w2_scales, w2_zeros=w2_zeros, wg_packed=wg_packed, wg_scales=wg_scales, wg_zeros=wg_zeros)
+    check_aligned(w1_packed, w1_scales, w1_zeros, "w1_")
+    check_aligned(w2_packed, w2_scales, w2_zeros, "w2_")
+    if wg_packed is not None:
+        check_aligned(wg_packed, wg_scales, wg_zeros, "wg_")
     weights = (
         w1_packed, w1_scales, w1_zeros, b1, wg_packed, wg_scales, wg_zeros, w2_packed, w2_scales, w2_zeros, b2
     )  # fmt: skip
