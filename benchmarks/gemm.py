@@ -1,8 +1,8 @@
 """The suite `gemm`: y = x @ W.T with W [N, K] in INT4, against 16-bit and INT4 products that exist.
 
 Arms: pytorch (cuBLAS, 16 bit), torch.compile of it (at COMPILED only: each takes seconds to tune), aten-int4
-(_weight_int4pack_mm), gemlite-int4 (for group 128 in bfloat16 at M in GEMLITE_ROWS only: it tunes itself for each shape
-and M, which takes seconds), tiny-gemm-int4.
+(_weight_int4pack_mm), gemlite-int4 (for group 128, symmetric, in bfloat16 at M in GEMLITE_ROWS only: it tunes itself
+for each shape and M, which takes seconds), tiny-gemm-int4.
 """
 
 import functools
@@ -64,15 +64,16 @@ def cases(options: Options, machine: Machine) -> list[Case]:
         for m in rows or (*DECODE_ROWS, *MANY_ROWS.get((k, n), ()))
     ]
     found += [plain(None, f"{k}x{n}", k, n, m, 32) for k, n in ODD_SHAPES for m in rows or (1, 8)]
-    found += [plain(None, "4096x4096 zeros", 4096, 4096, m, 32, symmetric=False) for m in rows or (1, 8)]
+    found += [plain(None, "4096x4096 zeros", 4096, 4096, m, 32, zeros=torch.float32) for m in rows or (1, 8)]
+    found += [plain(None, "4096x4096 int zeros", 4096, 4096, m, 128, zeros=torch.int16) for m in rows or (1, 8, 64)]
     if options.dtype == torch.bfloat16:
         found += [_case(machine, None, "4096x4096", 4096, 4096, m, 128, dtype=torch.float16) for m in rows or (1, 8)]
     return found
 
 
-def _case(machine, model, shape, k, n, m, group, *, dtype, symmetric=True) -> Case:
+def _case(machine, model, shape, k, n, m, group, *, dtype, zeros=None) -> Case:
     facts = {"M": m, "K": k, "N": n, "group_size": group, "dtype": str(dtype).removeprefix("torch.")}
-    return Case("gemm", model, shape, facts, lambda: _build(machine, k, n, m, group, dtype, symmetric))
+    return Case("gemm", model, shape, facts, lambda: _build(machine, k, n, m, group, dtype, zeros))
 
 
 @dataclass
@@ -117,8 +118,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=1)
-def weights(machine: Machine, k: int, n: int, group: int, symmetric: bool, dtype: torch.dtype) -> Weights:
-    return Weights(random_weight(n, k, group, machine.device, symmetric=symmetric), machine, dtype)
+def weights(machine: Machine, k: int, n: int, group: int, zeros: torch.dtype | None, dtype: torch.dtype) -> Weights:
+    return Weights(random_weight(n, k, group, machine.device, zeros=zeros), machine, dtype)
 
 
 def aten_weight(weight: RandomWeight) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,8 @@ def aten_weight(weight: RandomWeight) -> tuple[Tensor, Tensor]:
     return packed, torch.stack((scale, offset), dim=-1).transpose(0, 1).to(torch.bfloat16).contiguous()
 
 
-def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dtype, symmetric: bool) -> Work:
-    w = weights(machine, k, n, group, symmetric, dtype)
+def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dtype, zeros) -> Work:
+    w = weights(machine, k, n, group, zeros, dtype)
     x = torch.randn(m, k, device=machine.device, dtype=dtype)
     oracle = int4_gemm_ref(x, w.random.int4)
     flops, activations = 2 * m * k * n, (m * k + m * n) * x.element_size()
@@ -167,9 +168,9 @@ def _build(machine: Machine, k: int, n: int, m: int, group: int, dtype: torch.dt
         Arm("aten-int4", over(aten, lambda x, w: mm(x, w[0], group, w[1])), peer_bytes, flops),
         Arm("tiny-gemm-int4", over(lambda: w.int4, ops.int4_gemm), int4_bytes, flops),
     ]
-    usual = group == 128 and dtype == torch.bfloat16
+    usual = group == 128 and dtype == torch.bfloat16 and zeros is None
     tuned, tunes = usual and m in GEMLITE_ROWS, over(gemlite, lambda x, layer: layer(x))
-    calls = tunes if tuned else left_out(f"at M {GEMLITE_ROWS} in groups of 128, bfloat16")
+    calls = tunes if tuned else left_out(f"at M {GEMLITE_ROWS} in groups of 128, symmetric, bfloat16")
     arms.insert(2, Arm("gemlite-int4", calls, peer_bytes, flops, note=GEMLITE_NOTE, bound=GEMLITE_BOUND))
     compiles = usual and (k, n, m) in COMPILED
     calls = dense_compiled if compiles else left_out(f"at (K, N, M) {sorted(COMPILED)} in groups of 128, bfloat16")

@@ -85,16 +85,17 @@ class RandomWeight:
 
 
 def random_weight(
-    n: int, k: int, group: int, device: torch.device, *, symmetric: bool = True, gain: float = 1.0
+    n: int, k: int, group: int, device: torch.device, *, zeros: torch.dtype | None = None, gain: float = 1.0
 ) -> RandomWeight:
-    """W [n, k] of mean 0 and about variance gain^2 / k; scales float16, zeros (integers) float32, as
-    tiny_gemm.quantize makes them. (With a mean, what a model's layers add up to is a constant, whatever they do.)"""
-    q = torch.randint(1 if symmetric else 0, 16, (n, k), dtype=torch.uint8, device=device)
+    """W [n, k] of mean 0 and about variance gain^2 / k; scales float16; zeros, which are integers, of that dtype:
+    float32 as tiny_gemm.quantize makes them, int16 as other tools' come. (With a mean, what a model's layers add up to
+    is a constant, whatever they do.)"""
+    q = torch.randint(1 if zeros is None else 0, 16, (n, k), dtype=torch.uint8, device=device)
     near = 2.0 ** round(-math.log2(5.0 * k**0.5 / gain))
     scales = near * (1 + torch.randint(0, 8, (n, k // group), device=device) / 8)
-    zeros = None if symmetric else torch.randint(0, 16, (n, k // group), device=device).float()
     scales = scales.to(torch.float16)
-    return RandomWeight(pack(q, scales, zeros, group), q, scales, zeros)
+    found = None if zeros is None else torch.randint(0, 16, (n, k // group), device=device).to(zeros)
+    return RandomWeight(pack(q, scales, found, group), q, scales, found)
 
 
 def clone(weight: Int4Weight) -> Int4Weight:

@@ -32,12 +32,15 @@ from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
     SplitConfig,
+    Zeros,
     groups_a_unit,
     registers_needed,
     stage_bytes,
 )
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
+from tiny_gemm.triton_gemm import kind_of_zeros
 
+ZEROS = {"integer": torch.int16, "real": torch.float32}
 REGISTERS = (64, 80, 96, 112, 128, 168, 255)
 
 
@@ -48,7 +51,7 @@ def candidates(
     m: int,
     facts: DeviceFacts,
     *,
-    symmetric: bool = True,
+    zeros: Zeros = Zeros.NONE,
     gated: bool = False,
     quick: bool = False,
 ) -> list[DecodeConfig] | list[SplitConfig]:
@@ -71,8 +74,8 @@ def candidates(
             continue
         if quick and stages == 3 and row_tiles > 1:
             continue
-        needed = registers_needed(row_tiles, warp_units, x_tiles, groups, symmetric, gated)
-        stage = row_tiles * units_a_step * stage_bytes(unit, group, symmetric, gated)
+        needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, gated)
+        stage = row_tiles * units_a_step * stage_bytes(unit, group, zeros, gated)
         registers = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
         if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
             limits = registers[1:2] or registers[:1] if quick else registers[:2]
@@ -96,12 +99,13 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, quick: boo
 
 def compile_one(job: tuple) -> str | None:
     """Compiles a configuration into Triton's cache; returns what went wrong."""
-    m, n, k, group, symmetric, gated, dtype, config = job
+    m, n, k, group, zeros, gated, dtype, config = job
     try:
         device = torch.device("cuda")
         activation = "silu" if gated else None
-        launch = triton_gemm.plan(m, n, k, group, symmetric, device_facts(device), config, activation)
-        weight = torch.int16, torch.float16, None if symmetric else torch.float32
+        kind = kind_of_zeros(zeros, group)
+        launch = triton_gemm.plan(m, n, k, group, kind, device_facts(device), config, activation)
+        weight = torch.int16, torch.float16, zeros
         scratch = (torch.float32, torch.int32) if launch.partials else (None, None)
         gate = () if isinstance(config, SplitConfig) else weight if gated else (None,) * 3
         tensors = dtype, *weight, *gate, None, dtype, *scratch
@@ -188,7 +192,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="+", default=[], metavar="KxN")
     parser.add_argument("--group-size", type=int, default=128, choices=(32, 64, 128, -1), help="of --shapes")
     parser.add_argument("--gated", action="store_true", help="the shapes are of both weights of int4_gated_linear")
-    parser.add_argument("--zeros", action="store_true", help="asymmetric weights; no table, only times")
+    parser.add_argument("--zeros", choices=ZEROS, help="asymmetric weights; no table, only times")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 16], metavar="M")
     args = parse(parser, arguments)
     shapes = {tuple(map(int, s.split("x"))): args.group_size for s in args.shapes}
@@ -199,11 +203,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.gated and max(args.rows) > DECODE_ROWS:
         parser.error(f"--gated is for up to {DECODE_ROWS} rows")
 
-    begin, dtype = time.time(), getattr(torch, args.dtype)
+    begin, dtype, zeros = time.time(), getattr(torch, args.dtype), ZEROS.get(args.zeros)
     facts = device_facts(torch.device("cuda"))
     configs = {
         (k, n): {
-            m: candidates(k, n, g, m, facts, symmetric=not args.zeros, gated=args.gated, quick=args.quick)
+            m: candidates(k, n, g, m, facts, zeros=kind_of_zeros(zeros, g), gated=args.gated, quick=args.quick)
             for m in args.rows
         }
         for (k, n), g in shapes.items()
@@ -212,8 +216,9 @@ def main(arguments: list[str] | None = None) -> int:
     for (k, n), group in shapes.items():
         for m, for_m in configs[k, n].items():
             for config in for_m:
-                launch = triton_gemm.plan(m, n, k, group, not args.zeros, facts, config, "silu" if args.gated else None)
-                jobs[launch.launcher] = m, n, k, group, not args.zeros, args.gated, dtype, config
+                activation = "silu" if args.gated else None
+                launch = triton_gemm.plan(m, n, k, group, kind_of_zeros(zeros, group), facts, config, activation)
+                jobs[launch.launcher] = m, n, k, group, zeros, args.gated, dtype, config
     compile_all(compile_one, jobs.values())
 
     machine = measure_machine(torch.device("cuda"))
@@ -224,9 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         if time.time() - begin > args.deadline:
             print(f"{k}x{n} and what follows: not reached", file=sys.stderr)
             break
-        weights = [
-            random_weight(n, k, group, machine.device, symmetric=not args.zeros).int4 for _ in range(1 + args.gated)
-        ]
+        weights = [random_weight(n, k, group, machine.device, zeros=zeros).int4 for _ in range(1 + args.gated)]
         found = sweep_shape(weights, configs[k, n], dtype, machine)
         torch.cuda.empty_cache()  # of the graphs' pools
         timings += [

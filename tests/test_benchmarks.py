@@ -197,8 +197,8 @@ def test_error_is_of_the_worst_row():
 
 # ------------------------------------------------------------------------------------------------- presets and peers
 def test_random_weights_are_exact_in_16_bits():
-    for symmetric in (True, False):
-        weight = presets.random_weight(48, 192, 32, CPU.device, symmetric=symmetric)
+    for zeros in (None, torch.float32, torch.int16):
+        weight = presets.random_weight(48, 192, 32, CPU.device, zeros=zeros)
         exact = weight.dense(torch.float64)
         assert torch.equal(weight.dense(torch.bfloat16).double(), exact)
         assert torch.equal(weight.dense(torch.float16).double(), exact)
@@ -223,7 +223,7 @@ def test_aten_weights_mean_the_same(monkeypatch):
     """scale and offset of aten's CUDA product, and the order of its nibbles, by undoing them."""
     monkeypatch.setattr(torch.ops.aten, "_convert_weight_to_int4pack", lambda q, tiles: (q, tiles), raising=False)
     for k, tiles in ((256, 8), (192, 4), (96, 2)):
-        weight = presets.random_weight(16, k, 32, CPU.device, symmetric=False)
+        weight = presets.random_weight(16, k, 32, CPU.device, zeros=torch.float32)
         (packed, inner), table = gemm.aten_weight(weight)
         assert inner == tiles and table.shape == (k // 32, 16, 2)
         q = torch.stack((packed >> 4, packed & 15), dim=-1).view(16, k)

@@ -6,7 +6,15 @@ import aot
 import pytest
 
 from tiny_gemm.device import DeviceFacts
-from tiny_gemm.int4_config import DecodeConfig, most_rows, pick_config, pick_decode_config, read_table, stage_bytes
+from tiny_gemm.int4_config import (
+    DecodeConfig,
+    Zeros,
+    most_rows,
+    pick_config,
+    pick_decode_config,
+    read_table,
+    stage_bytes,
+)
 from tiny_gemm.quantize_utils import unit_k
 
 H100 = DeviceFacts("NVIDIA H100", (9, 0), 132, 227 * 1024, is_nvidia=True)
@@ -19,17 +27,17 @@ AMD_CHIP = aot.device_facts("gfx942")
 @pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
 def test_pick_config_sums_in_one_order(n, k, facts):
     for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
-        for symmetric in (True, False):
-            configs = [pick_config(m, n, k, group_size, symmetric, facts) for m in (1, 2, 4, 8, 9, 16)]
+        for zeros in Zeros:
+            configs = [pick_config(m, n, k, group_size, zeros, facts) for m in (1, 2, 4, 8, 9, 16)]
             cuts = {c.cut if isinstance(c, DecodeConfig) else c.splits for c in configs}
             assert len(cuts) == 1  # how K is cut must not depend on the batch
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("gated", [False, True], ids=["single", "gated"])
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_decode_blocks_keep_the_rules(group_size, symmetric, gated, facts):
+def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
     """What the kernel asserts, and what the chip has; for shapes on either side of every limit."""
     for k in (64, 576, 1024, 1536, 2048, 2880, 3072, 4096, 7392, 8192, 14336):
         unit = unit_k(k)
@@ -37,30 +45,30 @@ def test_decode_blocks_keep_the_rules(group_size, symmetric, gated, facts):
             continue
         for tiles in (1, 23, 24, 25, 48, 72, 73, 131, 132, 198, 199, 264, 265, 396, 397, 528, 530, 1792):
             configs = [
-                pick_decode_config(m, 16 * tiles, k, group_size, symmetric, facts, gated=gated)
-                for m in (1, 2, 8, 9, 16)
+                pick_decode_config(m, 16 * tiles, k, group_size, zeros, facts, gated=gated) for m in (1, 2, 8, 9, 16)
             ]
             assert len({c.cut for c in configs}) == 1
             for c in configs:
                 assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
                 if facts.is_nvidia:
-                    stage = stage_bytes(unit, group_size, symmetric, gated) * c.warps * c.warp_units * c.row_tiles
+                    stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
-@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
-def test_blocks_of_many_rows_keep_the_rules(symmetric, facts):
+@pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
+def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
     for k in (100, 576, 2048, 4096, 14336):
         for n in (17, 1536, 4096, 28672, 128256):
             for m in (17, 32, 33, 64, 65, 128, 129, 256, 4096):
-                c = pick_config(m, n, k, 32 if k % 128 else 128, symmetric, facts)
+                c = pick_config(m, n, k, 32 if k % 128 else 128, zeros, facts)
                 assert c.block_n * c.block_m <= 64 * 32 * c.num_warps and c.block_m < 2 * max(m, 32)
                 blocks = -(-n // c.block_n) * -(-m // c.block_m)
                 if c.splits > 1:
                     assert c.splits * 4 <= -(-k // unit_k(k)) and blocks * c.splits <= 4 * facts.sm_count
-    assert most_rows(128, 4096, True) > most_rows(32, 4096, True) > most_rows(128, 4096, False)
+    most = [most_rows(group_size, 4096, zeros) for zeros in Zeros for group_size in (128, 32)]
+    assert most == [256, 192, 256, 192, 128, 64]
 
 
 @pytest.mark.parametrize(

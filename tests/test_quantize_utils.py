@@ -44,6 +44,19 @@ def test_dequantize_is_the_formula(symmetric):
     assert torch.allclose(dequantize(weight).double(), expected, rtol=3e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize(("n", "k", "group_size"), SHAPES, ids=SHAPE_IDS)
+def test_integer_zeros_stay_integers(tmp_path, n, k, group_size):
+    q, scales, _ = random_parts(n, k, group_size, True)
+    zeros = torch.randint(0, qu.LARGEST_ZERO + 1, scales.shape, dtype=torch.int16)
+    weight = pack(q, scales, zeros, group_size)
+    qu.save_packed(tmp_path / "w.safetensors", {"w": qu.concat([weight, weight])})
+    both = qu.load_packed(tmp_path / "w.safetensors")[0]["w"]
+    assert both.zeros.dtype == torch.int16 and torch.equal(unpack(both)[2], torch.cat([zeros, zeros]))
+    assert torch.equal(
+        dequantize(both, torch.float64)[n:], dequantize(pack(q, scales, zeros.float(), group_size), torch.float64)
+    )
+
+
 def test_packed_order_is_the_documented_one():
     n, k = 33, 256
     q, scales, _ = random_parts(n, k, 128, True)
@@ -211,6 +224,11 @@ def test_damaged_files_are_value_errors(tmp_path):
         qu.load_packed(path)
 
 
+def integer_zeros(largest):
+    zeros = torch.tensor([[8], [0], [largest], [5]], dtype=torch.int16)
+    return pack(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), zeros, 64)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -221,9 +239,11 @@ def test_damaged_files_are_value_errors(tmp_path):
         (lambda: quantize(torch.full((4, 128), 1e9)), "exceeds torch.float16's range"),
         (lambda: pack(torch.full((4, 64), 16, dtype=torch.uint8), torch.ones(4, 1), None, 64), "q holds 16"),
         (lambda: pack(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), None, 64), "scales of a 4 x 64 weight"),
+        (lambda: integer_zeros(-1), "zeros hold -1; integer zeros must be from 0 to 127"),
+        (lambda: integer_zeros(128), "zeros hold 128; integer zeros must be from 0 to 127"),
         (lambda: qu.from_q4_0(torch.zeros(4, 19, dtype=torch.uint8)), "GGUF blocks must be uint8"),
     ],
-    ids=["k", "group", "vector", "nan", "range", "nibble", "scales", "blocks"],
+    ids=["k", "group", "vector", "nan", "range", "nibble", "scales", "negative-zero", "large-zero", "blocks"],
 )
 def test_mistakes_name_the_value_and_the_rule(call, message):
     with pytest.raises(ValueError, match=message):

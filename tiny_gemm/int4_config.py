@@ -1,6 +1,7 @@
 """Which blocks the INT4 GEMM takes for a shape, a batch and a GPU; also from a table that a sweep has written."""
 
 import dataclasses
+import enum
 import json
 import os
 from dataclasses import dataclass
@@ -13,6 +14,14 @@ from tiny_gemm.quantize_utils import TILE_N, unit_k
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
 DECODE_WEIGHTS = 2**28  # W of more elements than this, a large vocabulary's, takes the prefill kernel, which shares x
+
+
+class Zeros(enum.Enum):
+    """The zeros of a weight, by what they cost a kernel."""
+
+    NONE = "none"  # symmetric
+    INTEGER = "integer"  # subtracted from the weights: as good as none
+    REAL = "real"  # multiplied by sums of x: a second product
 
 
 @dataclass(frozen=True)
@@ -45,12 +54,12 @@ class SplitConfig:
 
 
 def pick_config(
-    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts
+    m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts
 ) -> DecodeConfig | SplitConfig:
     """The configuration for x [m, k] and W [n, k]. Within the decode sizes K is cut in a way that does not depend on m,
     so that a row's sums are added in one order whatever its batch."""
     if m <= DECODE_ROWS and n * k <= DECODE_WEIGHTS:
-        return pick_decode_config(m, n, k, group_size, symmetric, facts)
+        return pick_decode_config(m, n, k, group_size, zeros, facts)
     unit = unit_k(k)
     if m <= DECODE_ROWS:
         # A narrower tile of x saves loads, unless it gets too small for the pipeline.
@@ -62,7 +71,7 @@ def pick_config(
         if block_m >= 8 and facts.capability == (9, 0):  # by wgmma from 16 rows on, with the same bits: tested there
             block_n = 128
         return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
-    return _many_rows_config(m, n, triton.cdiv(k, unit), groups_a_unit(group_size, k), symmetric, facts)
+    return _many_rows_config(m, n, triton.cdiv(k, unit), groups_a_unit(group_size, k), zeros, facts)
 
 
 def groups_a_unit(group_size: int, k: int) -> int:
@@ -70,7 +79,7 @@ def groups_a_unit(group_size: int, k: int) -> int:
     return 1 if group_size == -1 else unit_k(k) // group_size
 
 
-def _many_rows_config(m: int, n: int, units: int, groups: int, symmetric: bool, facts: DeviceFacts) -> SplitConfig:
+def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> SplitConfig:
     """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md; the --rows of
     benchmarks/sweep_int4_gemm.py do it again.
 
@@ -79,7 +88,7 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, symmetric: bool, 
     do not fit registers.
     """
     sms, in_registers = facts.sm_count, facts.capability[0] != 10
-    rows = 32 if m <= 32 or not (symmetric or in_registers) else 64
+    rows = 32 if m <= 32 or (zeros is Zeros.REAL and not in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
     narrow = _cut_k(SplitConfig(64, rows, 1, 4, stages), m, n, units, 3 * sms)
     fits = _blocks(narrow, m, n) <= 3 * sms
@@ -89,18 +98,18 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, symmetric: bool, 
         return narrow if fits else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
     room = sms if m <= 128 else 2 * sms
     wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, room)
-    if 64 < m <= 128 and symmetric and in_registers and groups == 1:
+    if 64 < m <= 128 and zeros is not Zeros.REAL and in_registers and groups == 1:
         tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, room)  # unpacks W once
         wide = tall if units >= 16 * tall.splits else wide
     filled = _filled(wide, m, n, room)
     return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
-def most_rows(group_size: int, k: int, symmetric: bool) -> int:
+def most_rows(group_size: int, k: int, zeros: Zeros) -> int:
     """With more rows of x than this, W is dequantized once for a product in 16 bits. Found on an H200, 2026-11-29."""
     if groups_a_unit(group_size, k) > 1:  # more scales, more sums
-        return 192 if symmetric else 64
-    return 256 if symmetric else 128
+        return 64 if zeros is Zeros.REAL else 192
+    return 128 if zeros is Zeros.REAL else 256
 
 
 def _blocks(config: SplitConfig, m: int, n: int) -> int:
@@ -122,7 +131,7 @@ def _filled(config: SplitConfig, m: int, n: int, room: int) -> float:
 
 
 def pick_decode_config(
-    m: int, n: int, k: int, group_size: int, symmetric: bool, facts: DeviceFacts, *, gated: bool = False
+    m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts, *, gated: bool = False
 ) -> DecodeConfig:
     """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
     unit = unit_k(k)
@@ -130,25 +139,31 @@ def pick_decode_config(
     groups = groups_a_unit(group_size, k)
     if facts.is_nvidia:
         tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, symmetric, gated)
+        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, zeros is Zeros.REAL, gated)
         warp_units, warps, splits, row_tiles = blocks
     else:
         warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
-    if warp_units > 1 and (groups > 1 or not symmetric):  # scales and zeros take registers
+    if warp_units > 1 and (groups > 1 or zeros is Zeros.REAL):  # scales and zeros take registers
         row_tiles = min(row_tiles, 2)
-    tile_bytes = stage_bytes(unit, group_size, symmetric, gated) * warps * warp_units
+    if zeros is Zeros.INTEGER and (groups > 1 or warps < 8):
+        row_tiles = min(row_tiles, 2)
+    tile_bytes = stage_bytes(unit, group_size, zeros, gated) * warps * warp_units
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
-    limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, symmetric, gated)
+    limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, zeros, gated)
     if limit == 136:  # a little less does, and one block more fits an SM
         limit = 128
+    if facts.is_nvidia and zeros is Zeros.INTEGER:  # a little less does, if all blocks then fit the chip at once
+        blocks_per_sm = triton.cdiv(triton.cdiv(n, TILE_N * row_tiles) * splits, facts.sm_count)
+        fits = 2048 // (blocks_per_sm * warps) // 8 * 8
+        limit = fits if limit - 24 <= fits < limit else limit
     # Two blocks of 16 warps on an SM, if they can do with 64 registers.
     limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
     return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
 
 
 def _decode_blocks(
-    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, symmetric: bool, gated: bool
+    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, real_zeros: bool, gated: bool
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
@@ -164,41 +179,43 @@ def _decode_blocks(
         return 2 if groups <= 2 else 1, 4, 1, 1
     if units <= 16 and tiles_per_sm <= 3:  # one step
         return 2, 8, 1, 1 if tiles_per_sm <= 1 and few else 2
-    if 24 < units <= 32 and tiles_per_sm <= 2 and symmetric and groups == 1:  # one step
+    if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
-    if groups > 2 and not symmetric and tiles_per_sm <= 2:
+    if groups > 2 and real_zeros and tiles_per_sm <= 2:
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
-        if groups > 2 or not symmetric:
+        if groups > 2 or real_zeros:
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
         if tiles_per_sm > 1:
             return 2, 4, 4, 2 if few else 4
         return 2, 4, 4, 1 if m == 1 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
-    if tiles_per_sm <= 3 and symmetric and groups == 1:
+    if tiles_per_sm <= 3 and not real_zeros and groups == 1:
         return 2, 8, 1, 2 if few else 4
-    if tiles_per_sm <= 3 and symmetric:
+    if tiles_per_sm <= 3 and not real_zeros:
         return 1, 8, 1, 1 if few else 2 if groups == 2 else 4
     if tiles_per_sm <= 3:
         return 2, 4, 1, 1 if few else 2
     return 2 if groups <= 2 else 1, 4, 1, 2 if few else 4
 
 
-def stage_bytes(unit: int, group_size: int, symmetric: bool, gated: bool) -> int:
+def stage_bytes(unit: int, group_size: int, zeros: Zeros, gated: bool) -> int:
     """Bytes at most of shared memory that a stage of the decode kernel takes for a unit of a row tile. Each pair of
     scales, of up to 8 bytes, lies there four times."""
-    pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if symmetric else 2)
+    pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if zeros is Zeros.NONE else 2)
     return (1 + gated) * (8 * unit + pairs * 16 * 4 * 8)
 
 
-def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, symmetric: bool, gated: bool) -> int:
+def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, zeros: Zeros, gated: bool) -> int:
     """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
-    if x_tiles == 2 and (not symmetric or (row_tiles == 4 and groups > 1)):
+    if x_tiles == 2 and (zeros is Zeros.REAL or (row_tiles == 4 and groups > 1)):
         return 255
     weights = (1 + gated) * row_tiles * 8 * warp_units
-    pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if symmetric else 2)
-    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if symmetric else 24 if groups == 2 else 16)
+    pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if zeros is Zeros.NONE else 2)
+    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if zeros is not Zeros.REAL else 24 if groups == 2 else 16)
+    if zeros is Zeros.INTEGER and x_tiles == 2:
+        sums += 16  # what is added to weights
     held = 16 * warp_units * x_tiles + weights + pairs + sums
     return min(255, (held + 56 + 8 * row_tiles * (x_tiles - 1)) // 8 * 8)
 

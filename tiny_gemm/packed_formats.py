@@ -5,8 +5,8 @@
     order = form.input_order(parts[form.order_part])                   None, or which input each column of q meets
 
 All are w = (q - zero) * scale with integers from 0 to 15, so they become an Int4Weight without loss: the integers, the
-scales and HQQ's real-valued zero points as they are, and integer zero points in the scales' own type, which holds them
-exactly (None where all zero points are 8: symmetric). The first three store eight nibbles in an int32, nibble i being
+scales and HQQ's real-valued zero points as they are, and integer zero points as int16 (None where all zero points are
+8: symmetric). The first three store eight nibbles in an int32, nibble i being
 bits 4 * i to 4 * i + 3, and HQQ two in a byte:
 
     GPTQ    qweight [K / 8, N]    nibble i of row r is the weight of column 8 * r + i of K
@@ -314,7 +314,7 @@ def _nibbles(words: Tensor) -> Tensor:
 def _affine(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor | None]:
     """Scales and integer zero points [N, groups] as pack wants them."""
     symmetric = bool((zeros == SYMMETRIC_ZERO).all())
-    return scales.contiguous(), None if symmetric else zeros.to(scales.dtype).contiguous()
+    return scales.contiguous(), None if symmetric else zeros.to(torch.int16).contiguous()
 
 
 def _groups(k: int, group_size: int) -> int:

@@ -5,8 +5,9 @@ point, for each group of `group_size` neighbours along K:
 
     w[n, k] = (q[n, k] - zero[n, k // group_size]) * scale[n, k // group_size]
 
-Symmetric weights have zero = 8 everywhere and store none. Zeros are real-valued, so GPTQ, AWQ, HQQ and GGUF's Q4_0 and
-Q4_1 map into the format without loss.
+Symmetric weights have zero = 8 everywhere and store none. Zeros are real numbers, as HQQ's and those of GGUF's Q4_1, or
+integers from 0 to LARGEST_ZERO in int16, as GPTQ's and AWQ's: those a GPU subtracts before the product, so that they
+cost next to nothing. All these formats map into this one without loss.
 
 Packed order. Rows are cut into tiles of TILE_N = 16 and columns into units of U = 128 (64 when 128 does not divide K);
 a tile's units lie one behind the other, so that a block of the GPU kernel reads one contiguous stream, 16 bytes a
@@ -34,10 +35,12 @@ from torch import Tensor
 TILE_N = 16
 GROUP_SIZES = (32, 64, 128, -1)  # -1: one group a row (per-channel)
 SYMMETRIC_ZERO = 8
+LARGEST_ZERO = 127  # of integers
 FORMAT_NAME = "tiny-gemm-int4"
 FORMAT_VERSION = "2"
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_ZEROS = (*_FLOATS, torch.int16)
 _SEARCH_SHRINKS = tuple(1.05 - 0.025 * i for i in range(21))  # candidate scales over the plain one: 1.05 to 0.55
 _WEIGHTS_AT_ONCE = 2**22  # what quantize works on at a time: bounds its peak memory to some 80 MiB
 
@@ -52,8 +55,8 @@ class Int4Weight:
     """A packed INT4 weight of `shape` (N, K), used as y = x @ W.T; the module's docstring gives the layout.
 
     packed: int16 [N / 16, K / U, 16, U / 4]. scales: fp16, bf16 or fp32 [N / 16, groups / 2, 16, 2]. zeros: like scales
-    in shape, any of the same dtypes, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a row).
-    Kernels read a weight before the kernel in front of them has ended: after writing into its parts on a GPU,
+    in shape, any of the same dtypes or int16, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a
+    row). Kernels read a weight before the kernel in front of them has ended: after writing into its parts on a GPU,
     synchronize.
     """
 
@@ -120,22 +123,27 @@ def check_packed(packed: Tensor, scales: Tensor, zeros: Tensor | None, group_siz
     _check_tensor("packed", packed, (torch.int16,), packed_shape, n, k)
     _check_tensor("scales", scales, _FLOATS, scales_shape, n, k)
     if zeros is not None:
-        _check_tensor("zeros", zeros, _FLOATS, scales_shape, n, k)
+        _check_tensor("zeros", zeros, _ZEROS, scales_shape, n, k)
 
 
 def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Int4Weight:
-    """Packs integers q (uint8 [N, K], 0 to 15) with scales and zeros ([N, K / group_size] or, per channel, [N, 1])."""
+    """Packs integers q (uint8 [N, K], 0 to 15) with scales and zeros ([N, K / group_size] or, per channel, [N, 1]);
+    zeros are floating point, or int16 from 0 to LARGEST_ZERO."""
     if q.dim() != 2 or q.dtype != torch.uint8 or 0 in q.shape:
         raise ValueError(f"q must be a non-empty uint8 matrix [N, K], got {q.dtype} {tuple(q.shape)}")
     n, k = q.shape
     _check_group_size(k, group_size)
     groups = 1 if group_size == -1 else k // group_size
     scales, zeros = scales.contiguous(), None if zeros is None else zeros.contiguous()
-    for name, t in (("scales", scales), ("zeros", zeros)):
-        if t is not None:
-            _check_tensor(name, t, _FLOATS, (n, groups), n, k)
+    _check_tensor("scales", scales, _FLOATS, (n, groups), n, k)
+    if zeros is not None:
+        _check_tensor("zeros", zeros, _ZEROS, (n, groups), n, k)
     if int(q.max()) > 15:
         raise ValueError(f"q holds {int(q.max())}, but a 4-bit weight is at most 15")
+    if zeros is not None and zeros.dtype == torch.int16:
+        for zero in (int(zeros.min()), int(zeros.max())):
+            if not 0 <= zero <= LARGEST_ZERO:
+                raise ValueError(f"zeros hold {zero}; integer zeros must be from 0 to {LARGEST_ZERO}")
     unit = unit_k(k)
     tiles, units, cols = _ceil_div(n, TILE_N), _ceil_div(k, unit), unit // 4
     padded_k = units * unit

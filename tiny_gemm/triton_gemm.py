@@ -2,6 +2,8 @@
 
     y[m, n] = sum over groups g of scale[n, g] * (sum_k x[m, k] * (q[n, k] - 8) - (zero[n, g] - 8) * sum_k x[m, k])
 
+or, where zeros are integers, sum over g of scale[n, g] * sum_k x[m, k] * (q[n, k] - zero[n, g]).
+
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
 batch of 8 costs what a batch of 1 costs. There are two kernels:
 
@@ -33,6 +35,7 @@ from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
     SplitConfig,
+    Zeros,
     most_rows,
     pick_config,
     pick_decode_config,
@@ -53,40 +56,65 @@ UNPACKED = tl.constexpr(4.0)  # what a sum over unpacked weights is to be multip
 Recipe = tuple[str, str, str, str]  # mask, bits to or to what it leaves, factor, summand
 
 
-def _unpack_asm(fma: str, even: Recipe, odd: Recipe) -> tl.constexpr:
+def _unpack_asm(fma: str, even: Recipe, odd: Recipe, summands: tuple[str, str] = ("", "")) -> tl.constexpr:
     """For each plane, PTX that turns two int16 into two 16-bit floats: of bits 0 to 3 of a byte in even planes, and of
-    bits 4 to 7 in odd ones."""
+    bits 4 to 7 in odd ones. summands: PTX that makes of `b`, of even and of odd planes, what is added."""
     return tl.constexpr(
         tuple(
-            f"{{ .reg .b32 t, a, b; shr.u32 t, $1, {8 * (plane // 2)}; lop3.b32 t, t, {mask}, {bits}, 0xEA; "
-            f"mov.b32 a, {factor}; mov.b32 b, {summand}; {fma} $0, t, a, b; }}"
+            f"{{ .reg .b32 t, a, b, c, d; shr.u32 t, $1, {8 * (plane // 2)}; lop3.b32 t, t, {mask}, {bits}, 0xEA; "
+            f"mov.b32 a, {factor}; mov.b32 b, {summand}; {summands[plane % 2]} {fma} $0, t, a, b; }}"
             for plane, (mask, bits, factor, summand) in enumerate(2 * (even, odd))
         )
     )
 
 
-_UNPACK_BF16 = _unpack_asm(
+_BF16 = (
     "fma.rn.bf16x2",
     ("0x000F000F", "0x43004300", "0x3E803E80", "0xC208C208"),  # (128 + q) / 4 - 34
     ("0x00F000F0", "0", "0x7F007F00", "0xC000C000"),  # 16 q * 2^-133, a subnormal number or a small one, * 2^127 - 2
 )
-_UNPACK_FP16 = _unpack_asm(
+_FP16 = (
     "fma.rn.f16x2",
     ("0x000F000F", "0x64006400", "0x34003400", "0xDC08DC08"),  # (1024 + q) / 4 - 258
     ("0x00F000F0", "0x64006400", "0x24002400", "0xCC80CC80"),  # (1024 + 16 q) / 64 - 18
 )
+_UNPACK_BF16, _UNPACK_FP16 = _unpack_asm(*_BF16), _unpack_asm(*_FP16)
+# With integer zeros, $2: their bits, added to those of -32 or -256, make -(32 + z / 4) or -(256 + z / 4).
+_UNPACK_BF16_Z = _unpack_asm(
+    *_BF16,
+    (
+        "add.u32 b, $2, 0xC200C200;",
+        "add.u32 b, $2, 0xC200C200; mov.b32 c, 0x3F803F80; mov.b32 d, 0x42004200; fma.rn.bf16x2 b, b, c, d;",  # + 32
+    ),
+)
+_UNPACK_FP16_Z = _unpack_asm(
+    *_FP16,
+    (
+        "add.u32 b, $2, 0xDC00DC00;",
+        "add.u32 b, $2, 0xDC00DC00; mov.b32 c, 0x3C003C00; mov.b32 d, 0x5B805B80; fma.rn.f16x2 b, b, c, d;",  # + 240
+    ),
+)
 
 
 @triton.jit
-def _unpack_plane(packed, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """Nibble PLANE (0 to 3) of every int16, minus 8 and over UNPACKED, as bf16 or fp16: exact.
+def _unpack_plane(packed, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Nibble PLANE (0 to 3) of every int16, minus 8 and over UNPACKED, as bf16 or fp16: exact. zero: None, or an int16
+    for each of `packed`, 0 to LARGEST_ZERO, to subtract in place of 8.
 
     On NVIDIA two at a time, 1.1 instructions a weight: a mask leaves the nibbles where they are, in the mantissa's low
     bits of a float, and an fma does the rest; only the upper two planes are shifted, together. The bits 4 to 7 of a
     bf16 reach into its exponent; with all other bits zero they still are a number that is proportional to them. A
     conversion from int is more than the whole budget at full memory speed.
     """
-    if USE_ASM and DTYPE == tl.bfloat16:
+    if zero is not None and USE_ASM and DTYPE == tl.bfloat16:
+        asm: tl.constexpr = _UNPACK_BF16_Z[PLANE]
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [packed, zero], tl.bfloat16, is_pure=True, pack=2)
+    elif zero is not None and USE_ASM:
+        asm: tl.constexpr = _UNPACK_FP16_Z[PLANE]
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [packed, zero], tl.float16, is_pure=True, pack=2)
+    elif zero is not None:
+        return ((((packed >> (4 * PLANE)) & 15) - zero).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
+    elif USE_ASM and DTYPE == tl.bfloat16:
         return tl.inline_asm_elementwise(_UNPACK_BF16[PLANE], "=r,r", [packed], tl.bfloat16, is_pure=True, pack=2)
     elif USE_ASM:
         return tl.inline_asm_elementwise(_UNPACK_FP16[PLANE], "=r,r", [packed], tl.float16, is_pure=True, pack=2)
@@ -96,7 +124,7 @@ def _unpack_plane(packed, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.
 
 @triton.jit
 def _pair_ptr(ptr):
-    """`ptr` to 16- or 32-bit floats as one to words that hold two of them: a pair of neighbours comes by one load."""
+    """`ptr` to numbers of 16 or 32 bits as one to words that hold two: a pair of neighbours comes by one load."""
     if ptr.dtype.element_ty.primitive_bitwidth == 32:
         return ptr.to(tl.pointer_type(tl.int64))
     else:
@@ -105,8 +133,10 @@ def _pair_ptr(ptr):
 
 @triton.jit
 def _split_pairs(pairs, DTYPE: tl.constexpr):
-    """The two floats of each word, as fp32."""
-    if DTYPE.primitive_bitwidth == 32:
+    """The two numbers of each word: floats as fp32, int16 as they are."""
+    if DTYPE == tl.int16:
+        return pairs.to(tl.int16), (pairs >> 16).to(tl.int16)
+    elif DTYPE.primitive_bitwidth == 32:
         return pairs.to(tl.int32).to(DTYPE, bitcast=True), (pairs >> 32).to(tl.int32).to(DTYPE, bitcast=True)
     else:
         low = pairs.to(tl.int16).to(DTYPE, bitcast=True)
@@ -171,7 +201,7 @@ def _pairs_tile(
 
 
 @triton.jit
-def _group_factor(
+def _of_group(
     pairs,  # as _pairs_tile reads them
     group: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -181,8 +211,8 @@ def _group_factor(
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
 ):
-    """The scale (or zero) of group `group` of GROUPS in every unit, as fp32 [WARP_UNITS, WARPS, ROW_TILES, 2, 8, 1, 4,
-    1]."""
+    """The scale (or zero) of group `group` of GROUPS in every unit, as _split_pairs gives it: [2 * ROW_TILES *
+    WARP_UNITS * WARPS * 32], in the order of _weight_tile."""
     if GROUPS == 4:
         pairs = pairs.reshape(2 * ROW_TILES, WARP_UNITS, 2, WARPS, 32).permute(0, 1, 3, 4, 2)
         first, second = tl.split(pairs)
@@ -190,13 +220,30 @@ def _group_factor(
     low, high = _split_pairs(pairs, DTYPE)
     if PAIRS == 0:  # one group a warp: the first or the second of a pair
         is_first = tl.arange(0, 2 * ROW_TILES * WARPS * 32) // 32 % 2 == 0
-        factor = tl.where(is_first, low, high)
-    elif GROUPS == 1:  # a pair is that of two units
-        factor = tl.join(low, high).reshape(2 * ROW_TILES, PAIRS, WARPS, 32, 2).permute(0, 1, 4, 2, 3)
+        return tl.where(is_first, low, high)
+    elif GROUPS == 1 and DTYPE == tl.int16:  # a pair is that of two units (and no join may lead to a tl.dot)
+        low = low.reshape(2 * ROW_TILES, PAIRS, 1, WARPS, 32)
+        return tl.where(tl.arange(0, 2)[None, None, :, None, None] == 0, low, high.reshape(low.shape))
+    elif GROUPS == 1:
+        return tl.join(low, high).reshape(2 * ROW_TILES, PAIRS, WARPS, 32, 2).permute(0, 1, 4, 2, 3)
     else:
-        factor = low if group % 2 == 0 else high
+        return low if group % 2 == 0 else high
+
+
+@triton.jit
+def _group_factor(factor, ROW_TILES: tl.constexpr, WARP_UNITS: tl.constexpr, WARPS: tl.constexpr):
+    """What _of_group gives, as [WARP_UNITS, WARPS, ROW_TILES, 2, 8, 1, 4, 1]: as sums lie."""
     factor = factor.reshape(ROW_TILES, 2, WARP_UNITS, WARPS, 8, 4).permute(2, 3, 0, 1, 4, 5)
     return factor[:, :, :, :, :, None, :, None]
+
+
+@triton.jit
+def _weights_operand(
+    packed, ROW_TILES: tl.constexpr, WARP_UNITS: tl.constexpr, WARPS: tl.constexpr, UNIT: tl.constexpr
+):
+    """What is in the order of _weight_tile as [WARP_UNITS * WARPS, 16 * ROW_TILES, UNIT / 4]."""
+    packed = packed.reshape(2 * ROW_TILES, WARP_UNITS, WARPS, 8, 4, UNIT // 32, 2)  # half, unit, warp, r, t, b, p
+    return packed.permute(1, 2, 0, 3, 5, 4, 6).reshape(WARP_UNITS * WARPS, 16 * ROW_TILES, UNIT // 4)
 
 
 @triton.jit
@@ -267,16 +314,25 @@ def _multiply_step(
     BLOCK_M: tl.constexpr = 8 * X_TILES
     GROUP: tl.constexpr = UNIT if GROUP_SIZE == -1 else GROUP_SIZE
     DTYPE: tl.constexpr = planes[0].dtype
-    packed = packed.reshape(2 * ROW_TILES, WARP_UNITS, WARPS, 8, 4, UNIT // 32, 2)  # half, unit, warp, r, t, b, p
-    packed = packed.permute(1, 2, 0, 3, 5, 4, 6).reshape(BATCH, ROWS, COLS)
+    # Integer zeros are subtracted from the weights; others are multiplied by sums of x.
+    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
+    packed = _weights_operand(packed, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     ones = tl.full([BATCH, 16, COLS], 1.0, DTYPE)
 
     partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
     x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
     for plane in tl.static_range(4):
         x = planes[plane]
-        partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
-        if z_ptr is not None:
+        subtracted = None
+        if INTEGER_ZEROS:
+            zero = _of_group(
+                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16, ROW_TILES, WARP_UNITS, WARPS
+            ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)
+            zero = zero.broadcast_to(2 * ROW_TILES * WARP_UNITS * WARPS * 32, UNIT // 16)
+            subtracted = _weights_operand(zero, ROW_TILES, WARP_UNITS, WARPS, UNIT)
+        partial = tl.dot(_unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
+        if OTHER_ZEROS:
             x_sum = tl.dot(ones, x, x_sum)  # the sum over k, in the layout of a tile of partial
         if (plane + 1) * COLS % GROUP == 0:  # a group ends here
             sums = partial.reshape(WARP_UNITS, WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2)
@@ -285,16 +341,18 @@ def _multiply_step(
                 total += tl.sum(sums, 0)
                 x_total += tl.sum(x_sums, 0)
             else:
-                if z_ptr is not None:
-                    zero = _group_factor(
+                if OTHER_ZEROS:
+                    zero = _of_group(
                         zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
                         ROW_TILES, WARP_UNITS, WARPS,
                     )  # fmt: skip
+                    zero = _group_factor(zero, ROW_TILES, WARP_UNITS, WARPS)
                     sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums)
-                scale = _group_factor(
+                scale = _of_group(
                     scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
                     ROW_TILES, WARP_UNITS, WARPS,
                 )  # fmt: skip
+                scale = _group_factor(scale, ROW_TILES, WARP_UNITS, WARPS)
                 # In one form and order: a compiler that sees a sum of products may fuse either of them with the sum,
                 # and does so differently for each row of x.
                 if WARP_UNITS == 1:
@@ -393,7 +451,7 @@ def int4_tile(
                 k = unit * UNIT + plane * COLS  # [SLICES]
                 mask_x = (offs_m < M)[None, None, :] & (k[:, None, None] + offs_c[None, :, None] < K)
                 x = tl.load(x_ptrs + k[:, None, None], mask=mask_x, other=0.0)  # [SLICES, COLS, BLOCK_M]
-                partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
+                partial = tl.dot(_unpack_plane(packed, None, plane, DTYPE, USE_ASM), x, partial)
                 if HAS_ZEROS:
                     x_sum = tl.dot(ones, x, x_sum)  # the sum over k, broadcast to every row, in the layout of partial
                 if GROUP_SIZE != -1:
@@ -622,7 +680,8 @@ def _int4_gemm_kernel(
     W are neighbours: in prefill W comes from L2."""
     COLS: tl.constexpr = UNIT // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    HAS_ZEROS: tl.constexpr = z_ptr is not None
+    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
     GROUPS: tl.constexpr = UNIT // GROUP_SIZE  # a unit; unused per channel
     units = tl.cdiv(K, UNIT)
     per_split = tl.cdiv(units, SPLITS)
@@ -652,25 +711,40 @@ def _int4_gemm_kernel(
             k = unit * UNIT + plane * COLS
             mask_x = (offs_m < M)[None, :] & (k + offs_c < K)[:, None]
             x = tl.load(x_ptrs + k, mask=mask_x, other=0.0)  # [COLS, BLOCK_M]
-            partial = tl.dot(_unpack_plane(packed, plane, DTYPE, USE_ASM), x, partial)
-            if HAS_ZEROS:
+            subtracted = None
+            if INTEGER_ZEROS:
+                if plane * COLS % GROUP_SIZE == 0:  # a group begins here
+                    pairs = _pair_ptr(z_ptr) + (s_rows + (there * GROUPS + plane * COLS // GROUP_SIZE) // 2 * 16)
+                    if GROUPS == 1:
+                        # One of two loads counts: Triton brings what leads to a product into the product's layout where
+                        # it is loaded, but for a choice by `there`, and else through shared memory.
+                        zero, _ = _split_pairs(tl.load(pairs, mask=there % 2 == 0, other=0), tl.int16)
+                        _, odd_zero = _split_pairs(tl.load(pairs, mask=there % 2 == 1, other=0), tl.int16)
+                        zero += odd_zero
+                    elif plane * COLS // GROUP_SIZE % 2 == 0:
+                        zero, next_zero = _split_pairs(tl.load(pairs), tl.int16)
+                    else:
+                        zero = next_zero
+                subtracted = zero[:, None].broadcast_to(BLOCK_N, COLS)
+            partial = tl.dot(_unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
+            if OTHER_ZEROS:
                 x_sum = tl.dot(ones, x, x_sum)
             if GROUP_SIZE != -1:
                 if (plane + 1) * COLS % GROUP_SIZE == 0:  # a group ends here
                     if GROUPS == 1 or plane * COLS // GROUP_SIZE % 2 == 0:
                         s_offs = s_rows + (there * GROUPS + plane * COLS // GROUP_SIZE) // 2 * 16  # [BLOCK_N]
                         scale, next_scale = _load_pair(s_ptr, s_offs)
-                        if HAS_ZEROS:
+                        if OTHER_ZEROS:
                             zero, next_zero = _load_pair(z_ptr, s_offs)
                         if GROUPS == 1:  # which of the pair
                             scale = tl.where(there % 2 == 0, scale, next_scale)
-                            if HAS_ZEROS:
+                            if OTHER_ZEROS:
                                 zero = tl.where(there % 2 == 0, zero, next_zero)
                     else:
                         scale = next_scale
-                        if HAS_ZEROS:
+                        if OTHER_ZEROS:
                             zero = next_zero
-                    if HAS_ZEROS:
+                    if OTHER_ZEROS:
                         partial -= ((zero - 8.0) * (1.0 / UNPACKED))[:, None] * x_sum
                         x_sum = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
                     acc += scale[:, None] * partial
@@ -679,7 +753,7 @@ def _int4_gemm_kernel(
             acc += partial
     acc *= UNPACKED
     if GROUP_SIZE == -1:
-        if HAS_ZEROS:
+        if OTHER_ZEROS:
             acc -= (tl.load(z_ptr + s_rows).to(tl.float32) - 8.0)[:, None] * x_sum
         acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None]
 
@@ -719,7 +793,7 @@ def _dequantize_kernel(
         else:
             group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
             s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
-        w = _unpack_plane(packed, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
+        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
         if z_ptr is not None:
             w -= tl.load(z_ptr + s_offs).to(tl.float32) - 8.0
         w *= tl.load(s_ptr + s_offs).to(tl.float32)
@@ -738,11 +812,17 @@ MAX_BLOCKS = 65535  # along the second dimension of a grid
 _TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most rows) -> what a sweep found
 
 
+def kind_of_zeros(dtype: torch.dtype | None, group_size: int) -> Zeros:
+    """What the kernels do with zeros of a dtype; None: there are none. Per channel they are met once, at the end."""
+    if dtype is None:
+        return Zeros.NONE
+    return Zeros.INTEGER if dtype == torch.int16 and group_size != -1 else Zeros.REAL
+
+
 def load_table(path: str | os.PathLike) -> None:
     """Takes the configurations that benchmarks/sweep_int4_gemm.py found for a GPU, where it is this one, before those
     of pick_config. The environment variable TINY_GEMM_TABLE does the same. ValueError for a file that is no table."""
     _TABLE.update(read_table(path))
-    plan.cache_clear()
     _fixed_launch.cache_clear()
 
 
@@ -755,13 +835,12 @@ class Launch(NamedTuple):
     arrivals: int = 0
 
 
-@lru_cache(maxsize=4096)
 def plan(
     m: int,
     n: int,
     k: int,
     group_size: int,
-    symmetric: bool,
+    zeros: Zeros,
     facts: DeviceFacts,
     config: DecodeConfig | SplitConfig | None = None,
     activation: str | None = None,
@@ -769,13 +848,13 @@ def plan(
     """The launch for x [m, k] and W [n, k]: by the configuration given, else that of a table, else pick_config's. With
     an activation it is that of int4_gated_linear."""
     gated = activation is not None
-    if config is None and symmetric and m <= DECODE_ROWS:
+    if config is None and zeros is Zeros.NONE and m <= DECODE_ROWS:
         config = _TABLE.get((facts.name, k, n, group_size, gated, 8 if m <= 8 else DECODE_ROWS))
     if config is None:
         if gated:
-            config = pick_decode_config(m, n, k, group_size, symmetric, facts, gated=True)
+            config = pick_decode_config(m, n, k, group_size, zeros, facts, gated=True)
         else:
-            config = pick_config(m, n, k, group_size, symmetric, facts)
+            config = pick_config(m, n, k, group_size, zeros, facts)
     unit = unit_k(k)
     if isinstance(config, DecodeConfig):
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
@@ -800,17 +879,15 @@ def _fixed_launch(
     n: int,
     k: int,
     stride_xm: int,
-    dtype: torch.dtype,
-    scale_dtype: torch.dtype,
-    zero_dtype: torch.dtype | None,  # None: symmetric
-    bias_dtype: torch.dtype | None,
+    dtypes: tuple[torch.dtype | None, ...],  # of all that may differ; of zeros first
     group_size: int,
     facts: DeviceFacts,
     config: DecodeConfig | SplitConfig | None,
     activation: str | None = None,
 ) -> tuple[FixedLaunch, int, int]:
     """(the plan's launch for tensors of these dtypes, its partials and arrivals)"""
-    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zero_dtype is None, facts, config, activation)
+    zeros = kind_of_zeros(dtypes[0], group_size)
+    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, facts, config, activation)
     return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
 
 
@@ -870,16 +947,17 @@ def int4_gemm(
     if bias is not None:
         bias = bias.contiguous()
     check_aligned(packed, scales, zeros)
-    if config is None and m > DECODE_ROWS and m > most_rows(group_size, k, zeros is None):
+    zero_dtype = None if zeros is None else zeros.dtype
+    if config is None and m > DECODE_ROWS and m > most_rows(group_size, k, kind_of_zeros(zero_dtype, group_size)):
         return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
     device = x.device
+    dtypes = zero_dtype, x.dtype, scales.dtype, None if bias is None else bias.dtype
     launch, partials, arrivals = _fixed_launch(
-        m, out_features, k, x.stride(0), x.dtype, scales.dtype, None if zeros is None else zeros.dtype,
-        None if bias is None else bias.dtype, group_size, device_facts(device), config,
-    )  # fmt: skip
+        m, out_features, k, x.stride(0), dtypes, group_size, device_facts(device), config
+    )
     if partials:
         partials, arrivals = scratch(x, partials), counters(device, arrivals, "int4_gemm")
     else:
@@ -931,10 +1009,9 @@ def int4_gated_linear(
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    launch, _, _ = _fixed_launch(
-        m, out_features, k, x.stride(0), x.dtype, scales.dtype, None if zeros is None else zeros.dtype,
-        None, group_size, device_facts(x.device), config, activation,
-    )  # fmt: skip
+    dtypes = *(None if z is None else z.dtype for z in (zeros, gate_zeros)), x.dtype, scales.dtype, gate_scales.dtype
+    facts = device_facts(x.device)
+    launch, _, _ = _fixed_launch(m, out_features, k, x.stride(0), dtypes, group_size, facts, config, activation)
     launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None))
     return y
 

@@ -3,7 +3,7 @@
 import facts
 from svg import Canvas
 
-from tiny_gemm.int4_config import DecodeConfig, pick_config
+from tiny_gemm.int4_config import DecodeConfig, Zeros, pick_config
 from tiny_gemm.triton_fused_transformer.ffn import FUSED_ROWS
 
 BOX, GAP, CHIP = 100, 32, 62
@@ -15,7 +15,8 @@ def draw(theme: str) -> str:
     m = facts.presets.model_config(facts.MODEL)
     eager, ours = (facts.launches_per_layer(which)["ffn"] for which in ("eager", "ours"))
     buffer = facts.size(2 * m.intermediate_size)
-    down = pick_config(1, m.hidden_size, m.intermediate_size, facts.presets.group_size(facts.MODEL), True, facts.gpu())
+    group_size = facts.presets.group_size(facts.MODEL)
+    down = pick_config(1, m.hidden_size, m.intermediate_size, group_size, Zeros.NONE, facts.gpu())
     if not isinstance(down, DecodeConfig):  # whose kernel loads weights before it waits for the kernel in front of it
         raise ValueError(f"the down projection of {facts.MODEL} is no longer drawn as it runs: {down}")
     description = (

@@ -465,15 +465,15 @@ def attend(
         rescale = tl.exp2(top - base)
         total = total * rescale + sums
     p = p.to(values.dtype).permute(0, 2, 1)
-    if acc is not None:
-        acc *= rescale[:, None, :]
     if IS_8_BIT and not FP8:  # the bias goes with what each probability adds
         bias = tl.dot(tl.full([WARPS, 16, T], -1152.0, tl.float16), p)  # [WARPS, 16, BLOCK_G]
         D: tl.constexpr = values.shape[1]
         bias = bias[:, None].broadcast_to(WARPS, D // 16, 16, BLOCK_G).reshape(WARPS, D, BLOCK_G)
         product = tl.dot(values, p, bias)
         if acc is not None:
-            product += acc
+            product = tl.fma(acc, rescale[:, None, :].broadcast_to(acc.shape), product)
         return new_top, total, product
     else:
+        if acc is not None:
+            acc *= rescale[:, None, :]
         return new_top, total, tl.dot(values, p, acc, input_precision="ieee")
