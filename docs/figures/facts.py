@@ -20,7 +20,7 @@ TRACED_MODEL = "SmolLM2-135M"  # at batch 1
 TRACED_LAYERS = presets.PRESETS[TRACED_MODEL]["num_hidden_layers"]
 MODEL = "Llama-3.2-1B"
 CONTEXT = 512  # tokens
-GPU = "nvidia-h100-80gb-hbm3"  # where the figures' times were measured
+GPU = "nvidia-h200"  # where the figures' times were measured
 
 
 def size(count: float) -> str:
