@@ -160,8 +160,8 @@ def capture(calls: Sequence[Callable]) -> torch.cuda.CUDAGraph:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.stream(side):
         torch.cuda.synchronize()
-        free, total = torch.cuda.mem_get_info()
-        if free < total // 2:  # while capturing, torch hands no cached memory back (and here only then: it takes long)
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if cached > torch.cuda.mem_get_info()[1] // 4:  # capturing, torch hands none of it back; and this takes long
             torch.cuda.empty_cache()
         graph.capture_begin()
         try:

@@ -110,6 +110,16 @@ def test_int4_linear_is_linear_with_the_dequantized_weight(symmetric, bias, rows
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance * want.square().mean().sqrt().item())
 
 
+def test_zeros_keep_their_kind_when_they_are_loaded():
+    """Integers stay integers, and real zeros are not cut to integers where a layer had some."""
+    layer = Int4Linear(64, 16, bias=False, group_size=32, symmetric=False)
+    for zeros in (torch.full((1, 1, 16, 2), 7, dtype=torch.int16), torch.full((1, 1, 16, 2), 7.5)) * 2:
+        layer.load_state_dict(layer.state_dict() | {"zeros": zeros})
+        assert layer.zeros.dtype == zeros.dtype and torch.equal(layer.zeros, zeros)
+    with pytest.raises(ValueError, match="zeros hold 128; integer zeros must be from 0 to 127"):
+        layer.load_state_dict(layer.state_dict() | {"zeros": torch.full((1, 1, 16, 2), 128, dtype=torch.int16)})
+
+
 def test_int4_linear_state_dict_fills_a_new_layer():
     layer = Int4Linear.from_linear(nn.Linear(128, 40), group_size=64, symmetric=False)
     new = Int4Linear(128, 40, group_size=64, symmetric=False)

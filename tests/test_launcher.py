@@ -8,6 +8,7 @@ import contextlib
 import inspect
 import itertools
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -221,6 +222,13 @@ def test_the_short_cut_launches_what_triton_does(chip, ordinary_launches, way, c
     launch = scale(way, grid, scalars, **options)
     launch(tensors)
     launch(tensors)
+    if way == "FixedLaunch":
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+        assert list(launch._kept) == [-1] * aligned
+    if way == "FixedLaunch" and aligned:
+        launch.launcher = SimpleNamespace(is_short=lambda: True)  # all that is left to ask
+        launch(tensors)
+        assert RecordingLauncher.calls.pop() == RecordingLauncher.calls[-1]
     first, second = map(plain, RecordingLauncher.calls)
     assert first == second
     assert first[0][:4] == (*grid, chip.stream) and first[2][0] == options.get("num_warps", 4)

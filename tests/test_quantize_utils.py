@@ -57,6 +57,14 @@ def test_integer_zeros_stay_integers(tmp_path, n, k, group_size):
     )
 
 
+def test_a_file_with_integer_zeros_out_of_range_is_refused(tmp_path):
+    weight = pack(*random_parts(16, 64, 32, False), 32)
+    zeros = torch.full(weight.zeros.shape, -3, dtype=torch.int16)
+    qu.save_packed(tmp_path / "w.safetensors", {"w": Int4Weight(weight.packed, weight.scales, zeros, 32, (16, 64))})
+    with pytest.raises(ValueError, match="zeros hold -3; integer zeros must be from 0 to 127"):
+        qu.load_packed(tmp_path / "w.safetensors")
+
+
 def test_packed_order_is_the_documented_one():
     n, k = 33, 256
     q, scales, _ = random_parts(n, k, 128, True)

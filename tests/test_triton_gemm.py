@@ -145,6 +145,17 @@ def run_gated(m, n, k, group_size, zeros, dtype, device="cpu", activation="silu"
     return y, int4_gated_linear_ref(x, up, gate, activation=activation)
 
 
+@pytest.mark.interp
+@pytest.mark.parametrize(("of_up", "of_gate"), [(Zeros.INTEGER, Zeros.REAL), (Zeros.REAL, Zeros.INTEGER)], ids=str)
+def test_gate_and_up_may_have_zeros_of_two_kinds(of_up, of_gate):
+    generator = torch.Generator().manual_seed(0)
+    up, gate = (quantized(torch.randn(33, 640, generator=generator) / 25, 128, zeros) for zeros in (of_up, of_gate))
+    x = torch.randn(3, 640, generator=generator).half()
+    parts = up.packed, up.scales, up.zeros, gate.packed, gate.scales, gate.zeros
+    y = triton_gemm.int4_gated_linear(x, *parts, 128, 33, "silu")
+    assert_close(y, int4_gated_linear_ref(x, up, gate, activation="silu"))
+
+
 def rows_and_dtypes(rows, of_float16):
     """bfloat16 for all of `rows`, float16 for a number of rows of each kernel: most of a GPU test is compiling."""
     return [(m, torch.bfloat16) for m in rows] + [(m, torch.float16) for m in of_float16]
@@ -236,6 +247,8 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "decode-integers-ring": (8, 6144, 4096, 128, "*fp16", "*i16"),
     "decode-integers-g32-m16": (16, 6144, 4096, 32, "*fp16", "*i16"),
     "decode-integers-split": (8, 4096, 14336, 128, "*fp16", "*i16"),
+    "decode-integers-fp32": (16, 6144, 4096, 128, "*fp32", "*i16"),
+    "decode-integers-g32-fp32": (16, 4096, 4096, 32, "*fp32", "*i16"),
     "gated-integers": (1, 14336, 4096, 128, "*fp16", "*i16"),
     "gated-integers-g64-m16": (16, 14336, 4096, 64, "*fp16", "*i16"),
     "vocabulary-integers": (1, 128256, 4096, 128, "*fp16", "*i16"),
@@ -282,7 +295,7 @@ def test_compiles_for_every_target(target, name):
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
     aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name)
     # With integer zeros a few moves to memory cost less than a block less on an SM.
-    assert compiled.spills <= 10
+    assert compiled.spills <= 16
 
 
 @pytest.mark.aot

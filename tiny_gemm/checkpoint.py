@@ -657,6 +657,7 @@ def _open_directory(path: Path) -> Source:
             if name in foreign:
                 unpacked = form.unpack({part: tensor(theirs) for part, theirs in foreign[name].parts.items()})
                 return quantize_utils.pack(*unpacked)
+            quantize_utils.check_integer_zeros(zeros)
             packed, scales = tensor(f"{name}.packed"), tensor(f"{name}.scales")
             return Int4Weight(packed, scales, zeros, *int4[name])
         except ValueError as e:

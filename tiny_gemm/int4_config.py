@@ -20,7 +20,7 @@ class Zeros(enum.Enum):
     """The zeros of a weight, by what they cost a kernel."""
 
     NONE = "none"  # symmetric
-    INTEGER = "integer"  # subtracted from the weights: as good as none
+    INTEGER = "integer"  # subtracted from the weights: a little
     REAL = "real"  # multiplied by sums of x: a second product
 
 
@@ -145,9 +145,11 @@ def pick_decode_config(
         warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
     if warp_units > 1 and (groups > 1 or zeros is Zeros.REAL):  # scales and zeros take registers
         row_tiles = min(row_tiles, 2)
-    if zeros is Zeros.INTEGER and (groups > 1 or warps < 8):
+    if zeros is Zeros.INTEGER:  # with more, registers are moved to memory
         row_tiles = min(row_tiles, 2)
     tile_bytes = stage_bytes(unit, group_size, zeros, gated) * warps * warp_units
+    if zeros is Zeros.INTEGER and (splits > 1 or warps * warp_units < units):  # Triton keeps two stages of these
+        tile_bytes *= 2
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
     limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, zeros, gated)

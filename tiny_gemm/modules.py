@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 
 import tiny_gemm.ops  # noqa: F401 (registers the ops)
-from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, Int4Weight, packed_shapes, quantize
+from tiny_gemm.quantize_utils import SYMMETRIC_ZERO, Int4Weight, check_integer_zeros, packed_shapes, quantize
 
 
 class Int4Linear(nn.Module):
     """nn.Linear with a packed INT4 weight: y = x @ W.T + bias, x [..., in_features] -> y [..., out_features].
 
     x is bfloat16 or float16, on a CPU also float32; bias and y have x's dtype. Everything is a buffer, so state_dict,
-    load_state_dict and .to() work: packed int16, scales float16, zeros float32 (None when symmetric), in the packed
-    order that quantize_utils describes, and bias [out_features] or None. A conversion of the model's dtype converts
-    the bias only: scales and zeros keep the precision that they were found in.
+    load_state_dict and .to() work: packed int16, scales float16, zeros float32 (None when symmetric; integers loaded as
+    int16 stay int16), in the packed order that quantize_utils describes, and bias [out_features] or None. A conversion
+    of the model's dtype converts the bias only: scales and zeros keep the precision that they were found in.
 
     A new layer's weight is 0 everywhere, to be loaded into; from_linear makes one from an nn.Linear. Raises ValueError
     where in_features is not a multiple of group_size (32, 64, 128, or -1 for one group a row).
@@ -88,8 +88,13 @@ class Int4Linear(nn.Module):
         _wait_until_written(self.packed)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        zeros = state_dict.get(f"{prefix}zeros")
+        if zeros is not None and self.zeros is not None and torch.int16 in (zeros.dtype, self.zeros.dtype):
+            if not zeros.is_meta:
+                check_integer_zeros(zeros)
+            self.zeros = self.zeros.to(zeros.dtype)  # copied into the other kind, integers get slow and others get cut
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         _wait_until_written(self.packed)
 
 

@@ -4,10 +4,9 @@
     q, scales, zeros, group_size = form.unpack(parts)                  the tensors of one linear, ready for pack
     order = form.input_order(parts[form.order_part])                   None, or which input each column of q meets
 
-All are w = (q - zero) * scale with integers from 0 to 15, so they become an Int4Weight without loss: the integers, the
-scales and HQQ's real-valued zero points as they are, and integer zero points as int16 (None where all zero points are
-8: symmetric). The first three store eight nibbles in an int32, nibble i being
-bits 4 * i to 4 * i + 3, and HQQ two in a byte:
+All are w = (q - zero) * scale with integers from 0 to 15, so they become an Int4Weight without loss: the integers and
+the scales as they are, zero points as int16 where all are integers (HQQ's may be), and None where all are 8: symmetric.
+The first three store eight nibbles in an int32, nibble i being bits 4 * i to 4 * i + 3, and HQQ two in a byte:
 
     GPTQ    qweight [K / 8, N]    nibble i of row r is the weight of column 8 * r + i of K
     AWQ     qweight [K, N / 8]    nibble i of column c is the weight of row 8 * c + (0, 2, 4, 6, 1, 3, 5, 7)[i] of N
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_gemm.quantize_utils import GROUP_SIZES, SYMMETRIC_ZERO
+from tiny_gemm.quantize_utils import GROUP_SIZES, LARGEST_ZERO, SYMMETRIC_ZERO
 
 Unpacked = tuple[Tensor, Tensor, Tensor | None, int]  # q uint8 [N, K], scales, zeros [N, groups] or None, group size
 
@@ -297,8 +296,7 @@ def unpack_hqq(parts: Mapping[str, Tensor]) -> Unpacked:
     for name in ("scale", "zero"):
         _expect(parts, name, _SCALES, (rows, 1))
     q = torch.cat((packed >> 4, packed & 15)).view(n, k)
-    scales, zeros = (parts[name].reshape(n, -1) for name in ("scale", "zero"))
-    return q, scales, None if bool((zeros == SYMMETRIC_ZERO).all()) else zeros, group_size
+    return q, *_affine(parts["scale"].reshape(n, -1), parts["zero"].reshape(n, -1)), group_size
 
 
 def _nibbles(words: Tensor) -> Tensor:
@@ -312,9 +310,12 @@ def _nibbles(words: Tensor) -> Tensor:
 
 
 def _affine(scales: Tensor, zeros: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scales and integer zero points [N, groups] as pack wants them."""
-    symmetric = bool((zeros == SYMMETRIC_ZERO).all())
-    return scales.contiguous(), None if symmetric else zeros.to(torch.int16).contiguous()
+    """Scales and zero points [N, groups] as pack wants them."""
+    if bool((zeros == SYMMETRIC_ZERO).all()):
+        return scales.contiguous(), None
+    if bool(((zeros >= 0) & (zeros <= LARGEST_ZERO) & (zeros == zeros.to(torch.int16))).all()):
+        zeros = zeros.to(torch.int16)
+    return scales.contiguous(), zeros.contiguous()
 
 
 def _groups(k: int, group_size: int) -> int:

@@ -6,8 +6,8 @@ point, for each group of `group_size` neighbours along K:
     w[n, k] = (q[n, k] - zero[n, k // group_size]) * scale[n, k // group_size]
 
 Symmetric weights have zero = 8 everywhere and store none. Zeros are real numbers, as HQQ's and those of GGUF's Q4_1, or
-integers from 0 to LARGEST_ZERO in int16, as GPTQ's and AWQ's: those a GPU subtracts before the product, so that they
-cost next to nothing. All these formats map into this one without loss.
+integers from 0 to LARGEST_ZERO in int16, as GPTQ's and AWQ's. Those of groups cost a GPU less: the INT4 GEMM subtracts
+them before the product. All these formats map into this one without loss.
 
 Packed order. Rows are cut into tiles of TILE_N = 16 and columns into units of U = 128 (64 when 128 does not divide K);
 a tile's units lie one behind the other, so that a block of the GPU kernel reads one contiguous stream, 16 bytes a
@@ -55,9 +55,9 @@ class Int4Weight:
     """A packed INT4 weight of `shape` (N, K), used as y = x @ W.T; the module's docstring gives the layout.
 
     packed: int16 [N / 16, K / U, 16, U / 4]. scales: fp16, bf16 or fp32 [N / 16, groups / 2, 16, 2]. zeros: like scales
-    in shape, any of the same dtypes or int16, or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a
-    row). Kernels read a weight before the kernel in front of them has ended: after writing into its parts on a GPU,
-    synchronize.
+    in shape, any of the same dtypes, or int16 from 0 to LARGEST_ZERO (pack and load_packed see to that; with others a
+    GPU's results are wrong), or None for symmetric weights. group_size: 32, 64, 128 or -1 (one group a row). Kernels
+    read a weight before the kernel in front of them has ended: after writing into its parts on a GPU, synchronize.
     """
 
     packed: Tensor
@@ -126,6 +126,14 @@ def check_packed(packed: Tensor, scales: Tensor, zeros: Tensor | None, group_siz
         _check_tensor("zeros", zeros, _ZEROS, scales_shape, n, k)
 
 
+def check_integer_zeros(zeros: Tensor | None) -> None:
+    """ValueError where zeros of int16 are not from 0 to LARGEST_ZERO. Reads them, so not at every call."""
+    if zeros is not None and zeros.dtype == torch.int16:
+        for zero in (int(zeros.min()), int(zeros.max())):
+            if not 0 <= zero <= LARGEST_ZERO:
+                raise ValueError(f"zeros hold {zero}; integer zeros must be from 0 to {LARGEST_ZERO}")
+
+
 def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> Int4Weight:
     """Packs integers q (uint8 [N, K], 0 to 15) with scales and zeros ([N, K / group_size] or, per channel, [N, 1]);
     zeros are floating point, or int16 from 0 to LARGEST_ZERO."""
@@ -140,10 +148,7 @@ def pack(q: Tensor, scales: Tensor, zeros: Tensor | None, group_size: int) -> In
         _check_tensor("zeros", zeros, _ZEROS, (n, groups), n, k)
     if int(q.max()) > 15:
         raise ValueError(f"q holds {int(q.max())}, but a 4-bit weight is at most 15")
-    if zeros is not None and zeros.dtype == torch.int16:
-        for zero in (int(zeros.min()), int(zeros.max())):
-            if not 0 <= zero <= LARGEST_ZERO:
-                raise ValueError(f"zeros hold {zero}; integer zeros must be from 0 to {LARGEST_ZERO}")
+    check_integer_zeros(zeros)
     unit = unit_k(k)
     tiles, units, cols = _ceil_div(n, TILE_N), _ceil_div(k, unit), unit // 4
     padded_k = units * unit
@@ -310,6 +315,7 @@ def load_packed(path: str | Path, device: torch.device | str = "cpu"):
         for name, (group_size, shape) in int4.items():
             parts = [flat.pop(f"{name}.packed"), flat.pop(f"{name}.scales"), flat.pop(f"{name}.zeros", None)]
             tensors[name] = Int4Weight(*parts, group_size, shape)
+            check_integer_zeros(parts[2])
     except (SafetensorError, KeyError) as e:
         raise ValueError(f"{path}: not a whole {FORMAT_NAME} file: {type(e).__name__}: {e}") from e
     return tensors | flat, metadata

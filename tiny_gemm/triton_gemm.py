@@ -879,14 +879,16 @@ def _fixed_launch(
     n: int,
     k: int,
     stride_xm: int,
-    dtypes: tuple[torch.dtype | None, ...],  # of all that may differ; of zeros first
+    zero_dtypes: tuple[torch.dtype | None, ...],  # of each weight
+    dtypes: tuple[torch.dtype | None, ...],  # of all else that may differ
     group_size: int,
     facts: DeviceFacts,
     config: DecodeConfig | SplitConfig | None,
     activation: str | None = None,
 ) -> tuple[FixedLaunch, int, int]:
     """(the plan's launch for tensors of these dtypes, its partials and arrivals)"""
-    zeros = kind_of_zeros(dtypes[0], group_size)
+    kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
+    zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
     launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, facts, config, activation)
     return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
 
@@ -954,14 +956,14 @@ def int4_gemm(
     if m == 0:
         return y
     device = x.device
-    dtypes = zero_dtype, x.dtype, scales.dtype, None if bias is None else bias.dtype
-    launch, partials, arrivals = _fixed_launch(
-        m, out_features, k, x.stride(0), dtypes, group_size, device_facts(device), config
+    dtypes = x.dtype, scales.dtype, None if bias is None else bias.dtype
+    stride = x.stride(0) if m > 1 else k  # of one row it is any
+    launch, num_partials, num_arrivals = _fixed_launch(
+        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device_facts(device), config
     )
-    if partials:
-        partials, arrivals = scratch(x, partials), counters(device, arrivals, "int4_gemm")
-    else:
-        partials = arrivals = None
+    partials = arrivals = None
+    if num_partials:
+        partials, arrivals = scratch(x, num_partials), counters(device, num_arrivals, "int4_gemm")
     if launch.launcher.kernel is _int4_decode_kernel:
         launch((x, packed, scales, zeros, None, None, None, bias, y, partials, arrivals))
     else:
@@ -1009,9 +1011,12 @@ def int4_gated_linear(
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    dtypes = *(None if z is None else z.dtype for z in (zeros, gate_zeros)), x.dtype, scales.dtype, gate_scales.dtype
-    facts = device_facts(x.device)
-    launch, _, _ = _fixed_launch(m, out_features, k, x.stride(0), dtypes, group_size, facts, config, activation)
+    zero_dtypes = tuple([None if z is None else z.dtype for z in (zeros, gate_zeros)])
+    dtypes = x.dtype, scales.dtype, gate_scales.dtype
+    stride = x.stride(0) if m > 1 else k
+    launch, _, _ = _fixed_launch(
+        m, out_features, k, stride, zero_dtypes, dtypes, group_size, device_facts(x.device), config, activation
+    )
     launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None))
     return y
 
