@@ -97,12 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
         return mistake(f"no arm has a name like {' or '.join(args.impl)}")
     summary["suites"] = {name: digest(run_rows) for name, run_rows in runs.items()}
     if args.compare:
-        before = together(rows_of(old))
-        if args.compare.is_dir() and not args.load:  # which may have suites that nobody asked for
-            before = [row for row in before if row["suite"] in {row["suite"] for row in rows}]
+        before, after = rows_of(old), runs
+        if not args.load:
+            after = {stem(suite, args): run_rows for suite, run_rows in runs.items()}
+            if args.compare.is_dir():  # which may have suites that nobody asked for
+                before = {name: found for name, found in before.items() if name.partition("-")[0] in runs}
         new = [environment for environment, _ in loaded.values()] or [summary["environment"]]
         name_runs(console, [environment for environment, _ in old.values()], new)
-        summary["compared"] = compare(console, rows, before)
+        summary["compared"] = compare(console, after, before)
     print(json.dumps(summary))
     if interrupted:
         return 130
@@ -156,7 +158,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict
         runs[suite] = rows
         report.show(console, suite, rows)
         if out is not None:
-            files.append(out / f"{'-'.join([suite, *args.model, *([args.mode] if args.mode else [])])}.json")
+            files.append(out / f"{stem(suite, args)}.json")
             results.save(files[-1], environment, rows)
         if interrupted:
             break
@@ -164,6 +166,11 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, list[dict
     seconds = round(time.perf_counter() - begin, 1)
     summary = {"environment": environment, "files": [str(path) for path in files], "seconds": seconds}
     return runs, summary | ({"interrupted": True} if interrupted else {})
+
+
+def stem(suite: str, args: argparse.Namespace) -> str:
+    """What a suite's result is called."""
+    return "-".join([suite, *args.model, *([args.mode] if args.mode else [])])
 
 
 def release(machine: Machine) -> None:
@@ -247,11 +254,18 @@ def origin(environment: dict) -> str:
     return ", ".join(str(fact) for fact in (environment.get("gpu"), *facts))
 
 
-def compare(console: Console, rows: list[dict], before: list[dict]) -> dict:
-    """Prints what moved, and what only one of them has; returns how often each verdict was found."""
-    changes = results.compare(rows, before)
+def compare(console: Console, runs: dict[str, list[dict]], before: dict[str, list[dict]]) -> dict:
+    """Prints what moved, and what only one of them has; returns how often each verdict was found.
+
+    A result is compared with the old one of its name, and where there is none with all old ones: two of a suite, a
+    sweep beside the whole, have cases in common.
+    """
+    changes = [
+        change for name, rows in runs.items() for change in results.compare(rows, before.get(name) or together(before))
+    ]
     console.print(report.change_table(changes))
-    for line in report.only_in("old run", before, rows) + report.only_in("new run", rows, before):
+    new, old = together(runs), together(before)
+    for line in report.only_in("old run", old, new) + report.only_in("new run", new, old):
         console.print(f"  {line}", style="dim", highlight=False, markup=False)
     verdicts = [change.verdict for change in changes]
     return {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}

@@ -584,6 +584,15 @@ def test_a_wrong_arm_of_ours_is_exit_code_1(tmp_path, capsys, monkeypatch):
     assert "refused: max_rel_err 1" in capsys.readouterr().out
 
 
+def test_a_directory_with_two_results_of_a_suite_is_the_same_as_itself(tmp_path, capsys):
+    """A case that both have is compared with its own, not with that of the other file."""
+    environment = results.environment(CPU, git_sha="abc")
+    for name, us in (("gemm", 10.0), ("gemm-seq_length", 20.0)):
+        results.save(tmp_path / f"{name}.json", environment, [row(us=us)])
+    assert front_door.main(["--load", str(tmp_path), "--compare", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["compared"] == {"same": 2}
+
+
 def test_saved_results_are_shown_and_compared(tmp_path, capsys):
     environment = results.environment(CPU, git_sha="abc")
     for name, us in (("old", 10.0), ("new", 8.0)):

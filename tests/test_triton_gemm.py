@@ -10,23 +10,15 @@ import interpreter
 import pytest
 import torch
 from conftest import INTERPRETED, assert_close
+from int4_weights import quantized
 from test_int4_config import H100, SMALL_CHIP
 
 from tiny_gemm import int4_config, triton_gemm
 from tiny_gemm.int4_config import DecodeConfig, SplitConfig, Zeros
-from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize, unpack
+from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
 
 every_kind_of_zeros = pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
-
-
-def quantized(w, group_size, zeros, **options):
-    """Int4Weight with zeros of a kind."""
-    weight = quantize(w, group_size, symmetric=zeros is Zeros.NONE, **options)
-    if zeros is not Zeros.INTEGER:
-        return weight
-    q, scales, real = unpack(weight)
-    return pack(q, scales, real.round().clamp(0, LARGEST_ZERO).to(torch.int16), group_size)
 
 
 def run(m, n, k, group_size, zeros, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
@@ -300,7 +292,11 @@ def test_compiles_for_every_target(target, name):
 
 @pytest.mark.aot
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize(("unit", "group_size", "zeros"), [(128, 128, None), (64, 32, "*fp32")], ids=["g128", "g32"])
+@pytest.mark.parametrize(
+    ("unit", "group_size", "zeros"),
+    [(128, 128, None), (64, 32, "*fp32"), (128, 64, "*i16")],
+    ids=["g128", "g32", "integers"],
+)
 def test_dequantizing_compiles_for_every_target(target, unit, group_size, zeros):
     launcher = triton_gemm._dequantize_launcher(unit, group_size, aot.device_facts(target))
     signature = {"w_ptr": "*i16", "s_ptr": "*fp16", "z_ptr": zeros, "y_ptr": "*bf16", "N": "i32", "K": "i32"}

@@ -1,0 +1,15 @@
+"""INT4 weights for the tests of kernels."""
+
+import torch
+
+from tiny_gemm.int4_config import Zeros
+from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, pack, quantize, unpack
+
+
+def quantized(w: torch.Tensor, group_size: int, zeros: Zeros, **options) -> Int4Weight:
+    """w [N, K] as an Int4Weight with zeros of a kind."""
+    weight = quantize(w, group_size, symmetric=zeros is Zeros.NONE, **options)
+    if zeros is not Zeros.INTEGER:
+        return weight
+    q, scales, real = unpack(weight)
+    return pack(q, scales, real.round().clamp(0, LARGEST_ZERO).to(torch.int16), group_size)
