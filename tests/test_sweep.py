@@ -85,8 +85,9 @@ def test_a_configuration_that_failed_for_some_rows_is_not_chosen():
 
 
 @pytest.mark.aot
+@pytest.mark.parametrize("zeros", [None, *sweep_int4_gemm.ZEROS.values()], ids=str)
 @pytest.mark.parametrize(("config", "m"), [(A, 8), (C, 8), (SplitConfig(64, 64, 2, 4, 3), 64)], ids=str)
-def test_a_candidate_compiles(config, m, monkeypatch):
+def test_a_candidate_compiles(config, m, zeros, monkeypatch):
     """compile_one for a chip that need not be there: Triton's driver says that it is an H100."""
     chip = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -97,7 +98,7 @@ def test_a_candidate_compiles(config, m, monkeypatch):
     monkeypatch.setattr(triton.runtime.driver, "_active", chip)
     monkeypatch.setattr(sweep_int4_gemm, "device_facts", lambda _: aot.device_facts("sm_90"))
     for gated in (False, True) if config.splits == 1 else (False,):
-        assert sweep_int4_gemm.compile_one((m, 2048, 2048, 128, True, gated, torch.bfloat16, config)) is None
+        assert sweep_int4_gemm.compile_one((m, 2048, 2048, 128, zeros, gated, torch.bfloat16, config)) is None
 
 
 @pytest.mark.parametrize(
