@@ -279,7 +279,10 @@ def test_hand_made_words():
     packed = {"weight_packed": words[:, :4], "weight_scale": ones[:, :1], "weight_shape": torch.tensor([1, 32])}
     q, _, zeros, _ = unpack_compressed_tensors(packed, 32, has_zeros=False)
     assert q.tolist() == [[*range(8)] * 4] and zeros is None
-    parts = encode_hqq(Linear(2, 32, 32, symmetric=False))
+    w = Linear(2, 32, 32, symmetric=False)
+    parts = encode_hqq(w)
+    zeros = unpack_hqq(parts)[2]
+    assert zeros.dtype == torch.int16 and zeros.tolist() == w.zeros, "integers, as they were drawn"
     q, _, _, _ = unpack_hqq(parts | {"W_q": torch.full((1, 32), 0x1E, dtype=torch.uint8)})
     assert q.tolist() == [[1] * 32, [14] * 32]  # the high nibbles are the first half of the rows
     scattered = gptq | {"qweight": words[:, :8].repeat(8, 1), "qzeros": words[:, :1].repeat(2, 1)}
