@@ -1,9 +1,12 @@
-"""INT4 weights for the tests of kernels."""
+"""INT4 weights for the tests of kernels, and the kinds of zeros that they may have."""
 
+import pytest
 import torch
 
 from tiny_gemm.int4_config import Zeros
 from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, pack, quantize, unpack
+
+every_kind_of_zeros = pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
 
 
 def quantized(w: torch.Tensor, group_size: int, zeros: Zeros, **options) -> Int4Weight:

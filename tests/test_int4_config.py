@@ -4,6 +4,7 @@ import json
 
 import aot
 import pytest
+from int4_weights import every_kind_of_zeros
 
 from tiny_gemm.device import DeviceFacts
 from tiny_gemm.int4_config import (
@@ -35,7 +36,7 @@ def test_pick_config_sums_in_one_order(n, k, facts):
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("gated", [False, True], ids=["single", "gated"])
-@pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
+@every_kind_of_zeros
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
     """What the kernel asserts, and what the chip has; for shapes on either side of every limit."""
@@ -62,7 +63,7 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
-@pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
+@every_kind_of_zeros
 def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
     for k in (100, 576, 2048, 4096, 14336):

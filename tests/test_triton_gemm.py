@@ -10,15 +10,13 @@ import interpreter
 import pytest
 import torch
 from conftest import INTERPRETED, assert_close
-from int4_weights import quantized
+from int4_weights import every_kind_of_zeros, quantized
 from test_int4_config import H100, SMALL_CHIP
 
 from tiny_gemm import int4_config, triton_gemm
 from tiny_gemm.int4_config import DecodeConfig, SplitConfig, Zeros
 from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
-
-every_kind_of_zeros = pytest.mark.parametrize("zeros", Zeros, ids=lambda z: z.value)
 
 
 def run(m, n, k, group_size, zeros, dtype, device="cpu", seed=0, with_bias=True, scale_dtype=torch.float16):
