@@ -9,8 +9,9 @@ from int4_weights import every_kind_of_zeros
 from tiny_gemm.device import DeviceFacts
 from tiny_gemm.int4_config import (
     DecodeConfig,
+    PrefillConfig,
     Zeros,
-    most_rows,
+    dequantizes,
     pick_config,
     pick_decode_config,
     read_table,
@@ -74,8 +75,20 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
                 blocks = -(-n // c.block_n) * -(-m // c.block_m)
                 if c.splits > 1:
                     assert c.splits * 4 <= -(-k // unit_k(k)) and blocks * c.splits <= 4 * facts.sm_count
-    most = [most_rows(group_size, 4096, zeros) for zeros in Zeros for group_size in (128, 32)]
-    assert most == [256, 192, 256, 192, 128, 64]
+                if isinstance(c, PrefillConfig):
+                    assert facts is H100 and m > 64 and zeros is not Zeros.REAL
+
+
+@every_kind_of_zeros
+def test_rows_from_which_weights_are_dequantized(zeros):
+    """A weight of few rows: from some number of rows of x on. One of many, which fills the chip: later, on Hopper."""
+    for group_size, real, other in ((128, 128, 256), (32, 64, 192)):
+        most = real if zeros is Zeros.REAL else other
+        for m in (1, 16, 17, most, most + 1, 4096):
+            assert dequantizes(m, 1024, 4096, group_size, zeros, H100) == (m > most)
+            assert dequantizes(m, 28672, 4096, group_size, zeros, SMALL_CHIP) == (m > most)
+        assert dequantizes(4096, 28672, 4096, group_size, zeros, H100)
+    assert dequantizes(512, 28672, 4096, 128, zeros, H100) == (zeros is Zeros.REAL)
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,11 @@ class SplitConfig:
     stages: int
 
 
+@dataclass(frozen=True)
+class PrefillConfig(SplitConfig):
+    """The same of the kernel that scales weights before the product."""
+
+
 def pick_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts
 ) -> DecodeConfig | SplitConfig:
@@ -87,6 +92,9 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
     sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128; those of 128 rows in small groups
     do not fit registers.
     """
+    scaled = _prefill_config(m, n, units, groups, zeros, facts)
+    if scaled is not None:
+        return scaled
     sms, in_registers = facts.sm_count, facts.capability[0] != 10
     rows = 32 if m <= 32 or (zeros is Zeros.REAL and not in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
@@ -105,21 +113,43 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
     return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
-def most_rows(group_size: int, k: int, zeros: Zeros) -> int:
-    """With more rows of x than this, W is dequantized once for a product in 16 bits. Found on an H200, 2026-11-29."""
-    if groups_a_unit(group_size, k) > 1:  # more scales, more sums
+def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> PrefillConfig | None:
+    """Blocks of 128 x 128, two an SM, where that is faster than what else there is. Measured on an H200, 2026-11-29."""
+    if m <= 64 or zeros is Zeros.REAL or facts.capability != (9, 0):
+        return None
+    room = 2 * facts.sm_count
+    config = _cut_k(PrefillConfig(128, 128, 1, 8, 3), m, n, units, room, least_units=24)
+    used = _filled(config, m, n, room) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
+    if m <= _most_rows(groups, zeros):
+        is_faster = used >= (0.8 if groups == 1 else 0.5)
+    else:  # in ns for a million weights: against writing them in 16 bits and multiplying those
+        is_faster = (3.2 if groups == 1 else 3.9) * m / used < 750 + 2.5 * m
+    return config if is_faster else None
+
+
+def _most_rows(groups: int, zeros: Zeros) -> int:
+    """With more rows of x than this the sums of groups cost more than dequantizing W. Found on an H200, 2026-11-29."""
+    if groups > 1:  # more scales, more sums
         return 64 if zeros is Zeros.REAL else 192
     return 128 if zeros is Zeros.REAL else 256
+
+
+def dequantizes(m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts) -> bool:
+    """Whether for m rows of x W [n, k] is to be dequantized once, for a product in 16 bits."""
+    groups = groups_a_unit(group_size, k)
+    if m <= _most_rows(groups, zeros):
+        return False
+    return _prefill_config(m, n, triton.cdiv(k, unit_k(k)), groups, zeros, facts) is None
 
 
 def _blocks(config: SplitConfig, m: int, n: int) -> int:
     return triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m) * config.splits
 
 
-def _cut_k(config: SplitConfig, m: int, n: int, units: int, room: int) -> SplitConfig:
-    """With as many splits, a power of two up to 8, as leave `room` for all blocks at once and each some 4 units."""
+def _cut_k(config: SplitConfig, m: int, n: int, units: int, room: int, least_units: int = 4) -> SplitConfig:
+    """With as many splits, a power of two up to 8, as leave `room` for all blocks at once and each some least_units."""
     blocks, splits = _blocks(config, m, n), 1
-    while 2 * splits <= min(room // blocks, units // 4, 8):
+    while 2 * splits <= min(room // blocks, units // least_units, 8):
         splits *= 2
     return dataclasses.replace(config, splits=splits)
 
@@ -159,8 +189,10 @@ def pick_decode_config(
         blocks_per_sm = triton.cdiv(triton.cdiv(n, TILE_N * row_tiles) * splits, facts.sm_count)
         fits = 2048 // (blocks_per_sm * warps) // 8 * 8
         limit = fits if limit - 24 <= fits < limit else limit
-    # Two blocks of 16 warps on an SM, if they can do with 64 registers.
-    limit = min(limit, 64 if warps == 16 and m <= 8 and groups == 1 else 2048 // warps // 8 * 8)
+    limit = min(limit, 2048 // warps // 8 * 8)
+    if m <= 8 and groups == 1 and zeros is Zeros.NONE and not gated and splits == 1 and warps * warp_units >= units:
+        # All of K in one step: what counts is how soon the next kernel's blocks find room.
+        limit = min(limit, {8: 88, 16: 64}.get(warps, limit))
     return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
 
 
@@ -180,7 +212,7 @@ def _decode_blocks(
     if gated:
         return 2 if groups <= 2 else 1, 4, 1, 1
     if units <= 16 and tiles_per_sm <= 3:  # one step
-        return 2, 8, 1, 1 if tiles_per_sm <= 1 and few else 2
+        return 2, 8, 1, 1 if tiles_per_sm <= 0.75 and few else 2
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
     if groups > 2 and real_zeros and tiles_per_sm <= 2:
@@ -190,7 +222,7 @@ def _decode_blocks(
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
         if tiles_per_sm > 1:
             return 2, 4, 4, 2 if few else 4
-        return 2, 4, 4, 1 if m == 1 else 2
+        return 2, 4, 4, 1
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:

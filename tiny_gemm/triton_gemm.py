@@ -14,7 +14,7 @@ batch of 8 costs what a batch of 1 costs. There are two kernels:
   memory.
 
 Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
-sums. With more than most_rows() rows W is dequantized once, and the product is cuBLAS's.
+sums. Where `dequantizes` says so W is dequantized once, and the product is cuBLAS's.
 
 Sums are added in a fixed order, whoever comes last: a row's bits do not depend on its batch, up to DECODE_ROWS rows.
 `int4_tile` is what the fused FFN is made of: K split over the warps of a block.
@@ -34,9 +34,10 @@ from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tenso
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
+    PrefillConfig,
     SplitConfig,
     Zeros,
-    most_rows,
+    dequantizes,
     pick_config,
     pick_decode_config,
     read_table,
@@ -93,6 +94,15 @@ _UNPACK_FP16_Z = _unpack_asm(
         "add.u32 b, $2, 0xDC00DC00;",
         "add.u32 b, $2, 0xDC00DC00; mov.b32 c, 0x3C003C00; mov.b32 d, 0x5B805B80; fma.rn.f16x2 b, b, c, d;",  # + 240
     ),
+)
+
+# $1 * $2, and $1 * ($2 + $3) rounded once; 0x80008000: -0, twice.
+_TIMES_BF16, _TIMES_FP16 = (
+    tl.constexpr(f"{{ .reg .b32 z; mov.b32 z, 0x80008000; {fma} $0, $1, $2, z; }}") for fma, *_ in (_BF16, _FP16)
+)
+_TIMES_2_BF16, _TIMES_2_FP16 = (
+    tl.constexpr(f"{{ .reg .b32 t, z; mov.b32 z, 0x80008000; {fma} t, $1, $3, z; {fma} $0, $1, $2, t; }}")
+    for fma, *_ in (_BF16, _FP16)
 )
 
 
@@ -159,6 +169,14 @@ def _load_pair(ptr, offs):
 
 
 @triton.jit
+def _row_tile(block_n, half, N, ROW_TILES: tl.constexpr):
+    """Number of the row tile, int64, that half tile `half` of a block is in: one number where there is one (each thread
+    would compute it for itself). Tiles past N repeat the last one."""
+    tile = block_n if ROW_TILES == 1 else block_n * ROW_TILES + half // 2
+    return tl.minimum(tile, tl.cdiv(N, 16) - 1).to(tl.int64)
+
+
+@triton.jit
 def _weight_tile(
     block_n,  # which ROW_TILES * 16 rows of W
     N,
@@ -169,13 +187,12 @@ def _weight_tile(
     UNIT: tl.constexpr,
 ):
     """(offsets int64 [T, UNIT / 16], number of the unit [T, 1]) of the int16 that a step reads, those of step 0; T runs
-    over halves of tiles, units of a warp, warps and lanes, the last ones fastest. Tiles past N repeat the last one."""
+    over halves of tiles, units of a warp, warps and lanes, the last ones fastest."""
     i = tl.arange(0, 2 * ROW_TILES * WARP_UNITS * WARPS * 32)[:, None]
     unit = i // 32 % WARPS * WARP_UNITS + i // (32 * WARPS) % WARP_UNITS
     half = i // (32 * WARPS * WARP_UNITS)
-    tile = tl.minimum(block_n * ROW_TILES + half // 2, tl.cdiv(N, 16) - 1).to(tl.int64)
-    offs = (tile * tl.cdiv(K, UNIT) + unit) * (4 * UNIT) + half % 2 * (2 * UNIT) + i % 32 * (UNIT // 16)
-    return offs + tl.arange(0, UNIT // 16)[None, :], unit
+    offs = unit * (4 * UNIT) + half % 2 * (2 * UNIT) + i % 32 * (UNIT // 16) + tl.arange(0, UNIT // 16)[None, :]
+    return _row_tile(block_n, half, N, ROW_TILES) * tl.cdiv(K, UNIT) * (4 * UNIT) + offs, unit
 
 
 @triton.jit
@@ -195,9 +212,8 @@ def _pairs_tile(
     warp = i // 32 % WARPS
     pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i // (32 * WARPS) % PAIRS
     half = i // (32 * WARPS * EACH)
-    tile = tl.minimum(block_n * ROW_TILES + half // 2, tl.cdiv(N, 16) - 1).to(tl.int64)
-    pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
-    return (tile * pairs + pair) * 16 + half % 2 * 8 + i % 32 // 4, pair
+    offs = pair * 16 + half % 2 * 8 + i % 32 // 4
+    return _row_tile(block_n, half, N, ROW_TILES) * tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2) * 16 + offs, pair
 
 
 @triton.jit
@@ -601,9 +617,8 @@ def _int4_decode_kernel(
     if SPLITS > 1:  # one that has no step must not write early either
         wait_for_previous(PDL)
     out_tile = block_m * tl.num_programs(1) + block_n
-    offs_n = block_n * ROWS + tl.arange(0, ROWS)
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, offs_n, offs_m, M, N, SPLITS)
+    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, block_n * ROWS, offs_m, M, N, SPLITS)
 
 
 @triton.jit
@@ -625,31 +640,30 @@ def store_split(
     counter_ptr,  # int32 [output tiles], zero before and after; None with one split
     out_tile,
     split,
-    offs_n,
+    first_n,  # of the tile's rows of W
     offs_m,
     M,
     N,
     SPLITS: tl.constexpr,
 ):
     """store_tile of the sum over all SPLITS blocks of an output tile, by the last of them to arrive."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
     if SPLITS == 1:
-        store_tile(acc, bias_ptr, y_ptr, offs_n, offs_m, M, N)
+        store_tile(acc, bias_ptr, y_ptr, first_n + tl.arange(0, BLOCK_N), offs_m, M, N)
     else:
-        BLOCK_N: tl.constexpr = acc.shape[0]
-        BLOCK_M: tl.constexpr = acc.shape[1]
         partial_ptr += out_tile.to(tl.int64) * (SPLITS * BLOCK_N * BLOCK_M)
-        offs = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
-        tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs, acc)
+        offs_acc = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.store(partial_ptr + split * (BLOCK_N * BLOCK_M) + offs_acc, acc)
         if arrive(counter_ptr + out_tile) == SPLITS - 1:
-            total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            partial_ptrs = partial_ptr + offs
-            if BLOCK_N * BLOCK_M < 128 * 128:  # in one order, whoever came last
-                for s in tl.static_range(SPLITS):
-                    total += tl.load(partial_ptrs + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            else:  # without all of them in registers
-                for s in tl.range(SPLITS, num_stages=1):
-                    total += tl.load(partial_ptrs + s * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
-            store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
+            ROWS: tl.constexpr = BLOCK_N if BLOCK_N * BLOCK_M < 128 * 128 else 32  # so few that registers hold them
+            for first in tl.range(0, BLOCK_N, ROWS, num_stages=1):
+                rows = first + tl.arange(0, ROWS)
+                offs = rows[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+                total = tl.zeros([ROWS, BLOCK_M], tl.float32)
+                for s in tl.static_range(SPLITS):  # in one order, whoever came last
+                    total += tl.load(partial_ptr + s * (BLOCK_N * BLOCK_M) + offs, cache_modifier=".cg")
+                store_tile(total, bias_ptr, y_ptr, first_n + rows, offs_m, M, N)
             tl.store(counter_ptr + out_tile, 0)
 
 
@@ -758,7 +772,128 @@ def _int4_gemm_kernel(
         acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None]
 
     out_tile = block_m * tl.num_programs(1) + block_n
-    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, offs_n, offs_m, M, N, SPLITS)
+    first_n = block_n * BLOCK_N
+    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, first_n, offs_m, M, N, SPLITS)
+
+
+@triton.jit
+def _scaled_plane(
+    packed,  # [BLOCK_N, COLS] int16
+    s_ptr,
+    z_ptr,
+    s_rows,  # [BLOCK_N] offsets of the first pair of each row
+    unit,
+    PLANE: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    DTYPE: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """The weights of plane PLANE themselves, [BLOCK_N, UNIT / 4] of DTYPE, rounded once; per channel without scale and
+    over UNPACKED. A scale of another dtype than x is two numbers, high + low."""
+    COLS: tl.constexpr = UNIT // 4
+    group = unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE  # unused per channel
+    offs = (s_rows + group // 2 * 16) * 2 + group % 2
+    zero = None
+    if z_ptr is not None:
+        zero = tl.load(z_ptr + offs)[:, None].broadcast_to(packed.shape)
+    w = _unpack_plane(packed, zero, PLANE, DTYPE, USE_ASM)
+    if GROUP_SIZE == -1:
+        return w
+    scale = tl.load(s_ptr + offs).to(tl.float32) * UNPACKED
+    high = scale.to(DTYPE)
+    if s_ptr.dtype.element_ty == DTYPE:
+        return _times(w, high[:, None].broadcast_to(w.shape), None, USE_ASM)
+    else:
+        low = (scale - high.to(tl.float32)).to(DTYPE)
+        return _times(w, high[:, None].broadcast_to(w.shape), low[:, None].broadcast_to(w.shape), USE_ASM)
+
+
+@triton.jit
+def _times(w, high, low, USE_ASM: tl.constexpr):
+    """w * (high + low) in 16-bit floats; low None: 0. Triton multiplies bf16 one at a time."""
+    if not USE_ASM:
+        factor = high.to(tl.float32) if low is None else high.to(tl.float32) + low.to(tl.float32)
+        return (w.to(tl.float32) * factor).to(w.dtype)
+    elif low is None and w.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(_TIMES_BF16, "=r,r,r", [w, high], tl.bfloat16, is_pure=True, pack=2)
+    elif low is None:
+        return tl.inline_asm_elementwise(_TIMES_FP16, "=r,r,r", [w, high], tl.float16, is_pure=True, pack=2)
+    elif w.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise(_TIMES_2_BF16, "=r,r,r,r", [w, high, low], tl.bfloat16, is_pure=True, pack=2)
+    else:
+        return tl.inline_asm_elementwise(_TIMES_2_FP16, "=r,r,r,r", [w, high, low], tl.float16, is_pure=True, pack=2)
+
+
+@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
+def _int4_prefill_kernel(
+    x_ptr,  # [M, K]
+    w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
+    s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
+    z_ptr,  # int16, like s_ptr, or None
+    bias_ptr,  # [N] or None
+    y_ptr,  # [M, N], contiguous
+    partial_ptr,  # as in store_split; None with one split
+    counter_ptr,
+    M,
+    N,
+    K,
+    stride_xm,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WHOLE_UNITS: tl.constexpr,  # K ends with a unit
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    STAGES: tl.constexpr,
+    USE_ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """As _int4_gemm_kernel, with weights that are scaled, and so rounded, before the product: with many rows of x that
+    costs less than scaling the sums of each group outside of the tensor core, and waiting for them."""
+    COLS: tl.constexpr = UNIT // 4
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    units = tl.cdiv(K, UNIT)
+    per_split = tl.cdiv(units, SPLITS)
+    split = tl.program_id(0) % SPLITS
+    block_m = tl.program_id(0) // SPLITS
+    block_n = tl.program_id(1)
+
+    wait_for_previous(PDL)
+
+    offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = tl.arange(0, 2 * COLS)
+    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)  # rows past N repeat the last tile
+    w_ptrs = w_ptr + (tile * units * (16 * COLS) + offs_n % 16 * COLS)[:, None] + tl.arange(0, COLS)[None, :]
+    s_rows = tile * 16 + offs_n % 16 if GROUP_SIZE == -1 else tile * tl.cdiv(K, 2 * GROUP_SIZE) * 16 + offs_n % 16
+    # In place of rows past M the first ones, which needs no mask (one row many times takes half as long again).
+    rows = tl.where(offs_m < M, offs_m, tl.minimum(offs_m - M, M - 1)).to(tl.int64)
+    x_ptrs = x_ptr + rows[None, :] * stride_xm + offs_k[:, None]  # [2 * COLS, BLOCK_M]
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for unit in tl.range(split * per_split, tl.minimum(split * per_split + per_split, units), num_stages=STAGES):
+        packed = tl.load(w_ptrs + unit * (16 * COLS))  # [BLOCK_N, COLS] int16
+        for half in tl.static_range(2):
+            even = _scaled_plane(packed, s_ptr, z_ptr, s_rows, unit, 2 * half, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
+            odd = _scaled_plane(packed, s_ptr, z_ptr, s_rows, unit, 2 * half + 1, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
+            w = tl.join(even, odd).permute(0, 2, 1).reshape(BLOCK_N, 2 * COLS)  # within a thread's registers
+            k = unit * UNIT + half * (2 * COLS)
+            if WHOLE_UNITS:
+                x = tl.load(x_ptrs + k)
+            else:
+                x = tl.load(x_ptrs + k, mask=(k + offs_k < K)[:, None], other=0.0)  # [2 * COLS, BLOCK_M]
+            acc = tl.dot(w, x, acc)
+        if USE_ASM:
+            # Triton waits for the products where their sums are used. Without this it would go on to the next step, and
+            # unpack its weights into registers that wgmma still reads: it looks after sums and shared memory only.
+            acc = tl.inline_asm_elementwise("// sums", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
+    if GROUP_SIZE == -1:
+        acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None] * UNPACKED
+
+    out_tile = block_m * tl.num_programs(1) + block_n
+    first_n = block_n * BLOCK_N
+    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, first_n, offs_m, M, N, SPLITS)
 
 
 def _dequantize_cost(grid, kernel, args) -> dict:
@@ -864,7 +999,10 @@ def plan(
         launcher = _decode_launcher(config, block_m // 8, one_step, k % step == 0, unit, group_size, activation, facts)
     else:
         block_m, block_n = config.block_m, config.block_n
-        launcher = _split_launcher(config, unit, group_size, facts)
+        if isinstance(config, PrefillConfig):
+            launcher = _prefill_launcher(config, k % unit == 0, unit, group_size, facts)
+        else:
+            launcher = _split_launcher(config, unit, group_size, facts)
     blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
     tiles = blocks_m * blocks_n if config.splits > 1 else 0  # whose partial sums meet in memory
     launch = Launch(launcher, (blocks_m * config.splits, blocks_n, 1), tiles * config.splits * block_n * block_m, tiles)
@@ -916,6 +1054,17 @@ def _split_launcher(config: SplitConfig, unit: int, group_size: int, facts: Devi
     )  # fmt: skip
 
 
+@cache
+def _prefill_launcher(
+    config: PrefillConfig, whole_units: bool, unit: int, group_size: int, facts: DeviceFacts
+) -> Launcher:
+    return Launcher(
+        _int4_prefill_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits,
+        WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size, STAGES=config.stages, USE_ASM=facts.is_nvidia,
+        num_warps=config.num_warps, maxnreg=128, **pdl_options(facts),
+    )  # fmt: skip
+
+
 def check_aligned(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str = "") -> None:
     """ValueError unless the parts of a packed weight lie as the kernels load them, 16 bytes at a time."""
     if (packed.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())) % 16 == 0:
@@ -950,16 +1099,18 @@ def int4_gemm(
         bias = bias.contiguous()
     check_aligned(packed, scales, zeros)
     zero_dtype = None if zeros is None else zeros.dtype
-    if config is None and m > DECODE_ROWS and m > most_rows(group_size, k, kind_of_zeros(zero_dtype, group_size)):
+    device = x.device
+    facts = device_facts(device)
+    zero_kind = kind_of_zeros(zero_dtype, group_size)
+    if config is None and dequantizes(m, out_features, k, group_size, zero_kind, facts):
         return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
-    device = x.device
     dtypes = x.dtype, scales.dtype, None if bias is None else bias.dtype
     stride = x.stride(0) if m > 1 else k  # of one row it is any
     launch, num_partials, num_arrivals = _fixed_launch(
-        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device_facts(device), config
+        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, facts, config
     )
     partials = arrivals = None
     if num_partials:
