@@ -54,11 +54,7 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                 assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
-                    if (
-                        zeros is Zeros.INTEGER
-                        and c.row_tiles > 1
-                        and (c.splits > 1 or c.warps * c.warp_units * unit < k)
-                    ):
+                    if zeros is Zeros.INTEGER and c.row_tiles > 1 and not c.is_one_step(-(-k // unit)):
                         stage *= 2
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
 

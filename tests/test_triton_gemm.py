@@ -253,6 +253,8 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "decode-g64": (16, 2048, 8192, 64, "*fp16", "*fp16"),
     "decode-per-channel": (8, 2048, 4096, -1, "*fp16", "*fp16"),
     "decode-fp32": (8, 2048, 2048, 128, "*fp32", None),
+    "decode-split-step": (8, 2048, 8192, 128, "*fp16", None),
+    "decode-split-step-part": (1, 2048, 6144, 128, "*fp16", None),
     "decode-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
     "decode-integers": (1, 4096, 4096, 128, "*fp16", "*i16"),
     "decode-integers-ring": (8, 6144, 4096, 128, "*fp16", "*i16"),
@@ -347,7 +349,7 @@ def test_unpacking_costs_no_conversions(target, dtype):
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "in_one_step"),
-    [("decode-g128", True), ("decode-g32", True), ("gated-g32", True)]
+    [("decode-g128", True), ("decode-g32", True), ("gated-g32", True), ("decode-split-step", True)]
     + [
         (name, False)
         for name in ("decode-ring", "decode-m8", "gated-g128", "split-m1", "split-g64", "split-per-channel")
@@ -541,7 +543,7 @@ def test_error_is_no_worse_than_cublas():
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("n", "k", "group_size", "decode_weights"),
-    [(n, k, group_size, int4_config.DECODE_WEIGHTS) for n, k, group_size in ((4096, 4096, 128), (2048, 14336, 128))]
+    [(n, k, 128, int4_config.DECODE_WEIGHTS) for n, k in ((4096, 4096), (2048, 14336), (2048, 8192), (2048, 6144))]
     + [(28672, 2048, 64, int4_config.DECODE_WEIGHTS), (960, 576, 32, int4_config.DECODE_WEIGHTS)]
     + [(8192, 4096, 128, 0), (960, 576, 32, 0)],  # as a large vocabulary's
     ids=str,

@@ -41,6 +41,10 @@ class DecodeConfig:
     def cut(self) -> tuple[int, int, int]:
         return self.warp_units, self.warps, self.splits
 
+    def is_one_step(self, units: int) -> bool:
+        """Whether one step of each split takes all of K, which has so many units: no ring then."""
+        return self.splits * self.warps * self.warp_units >= units
+
 
 @dataclass(frozen=True)
 class SplitConfig:
@@ -177,8 +181,10 @@ def pick_decode_config(
         row_tiles = min(row_tiles, 2)
     if zeros is Zeros.INTEGER:  # with more, registers are moved to memory
         row_tiles = min(row_tiles, 2)
+    config = DecodeConfig(row_tiles, warp_units, warps, 2, 0, splits)
+    one_step = config.is_one_step(units)
     tile_bytes = stage_bytes(unit, group_size, zeros, gated) * warps * warp_units
-    if zeros is Zeros.INTEGER and (splits > 1 or warps * warp_units < units):  # Triton keeps two stages of these
+    if zeros is Zeros.INTEGER and not one_step:  # Triton keeps two stages of these
         tile_bytes *= 2
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
@@ -190,10 +196,12 @@ def pick_decode_config(
         fits = 2048 // (blocks_per_sm * warps) // 8 * 8
         limit = fits if limit - 24 <= fits < limit else limit
     limit = min(limit, 2048 // warps // 8 * 8)
-    if m <= 8 and groups == 1 and zeros is Zeros.NONE and not gated and splits == 1 and warps * warp_units >= units:
-        # All of K in one step: what counts is how soon the next kernel's blocks find room.
+    if one_step and splits > 1:  # all of them at once
+        limit = min(limit, 128)
+    if one_step and m <= 8 and groups == 1 and zeros is Zeros.NONE and not gated:
+        # What counts is how soon the next kernel's blocks find room.
         limit = min(limit, {8: 88, 16: 64}.get(warps, limit))
-    return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
+    return dataclasses.replace(config, row_tiles=row_tiles, max_registers=limit)
 
 
 def _decode_blocks(
@@ -215,6 +223,8 @@ def _decode_blocks(
         return 2, 8, 1, 1 if tiles_per_sm <= 0.75 and few else 2
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
+    if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros and groups == 1:  # one step of each split
+        return 2, 8, 4, 2
     if groups > 2 and real_zeros and tiles_per_sm <= 2:
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does

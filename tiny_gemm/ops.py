@@ -69,7 +69,7 @@ def _is_plain(x: Tensor, *others: Tensor, optional: tuple[Tensor | None, ...] = 
         and x.dtype in FLOAT_DTYPES
         and not x.requires_grad
         and not x.is_neg()
-        and _TENSORS.issuperset(map(type, others))
+        and (not others or _TENSORS.issuperset(map(type, others)))
         and _TENSORS_OR_NONE.issuperset(map(type, optional))
         and not _len_torch_dispatch_stack()
         and not profiler._is_profiler_enabled

@@ -533,7 +533,7 @@ def _int4_decode_kernel(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     SPLITS: tl.constexpr,  # 1 with a gate
-    ONE_STEP: tl.constexpr,  # is all of K, with one split: its weights go straight into registers
+    ONE_STEP: tl.constexpr,  # is all that a split has of K: its weights go straight into registers
     WHOLE_STEPS: tl.constexpr,  # K ends with a step
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -557,8 +557,9 @@ def _int4_decode_kernel(
     steps = tl.cdiv(units, WARPS * WARP_UNITS)
     per_split = tl.cdiv(steps, SPLITS)
     first, last = split * per_split, tl.minimum(split * per_split + per_split, steps)
-    if ONE_STEP:
-        first, last = 0, 1
+    from_step = 0
+    if ONE_STEP:  # a loop of a known length of one is none
+        first, last, from_step = 0, 1, split
 
     w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     if GROUP_SIZE != -1:
@@ -567,7 +568,8 @@ def _int4_decode_kernel(
     total = tl.zeros([WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], tl.float32)
     x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
     gate_total, gate_x_total = total, x_total
-    for step in tl.range(first, last, num_stages=STAGES):
+    for i in tl.range(first, last, num_stages=STAGES):
+        step = from_step + i
         in_w, in_s = None, None
         if not WHOLE_STEPS:
             in_w = step * (WARPS * WARP_UNITS) + w_unit < units
@@ -589,8 +591,8 @@ def _int4_decode_kernel(
                     gate_zeros = tl.load(_pair_ptr(gate_z_ptr) + s_step, mask=in_s, other=NOTHING)
         # The pipeline fetches the loads above ahead, those of the first stages before the loop and so before the wait.
         # It does not look into a branch: what is read in here is read when its turn comes, after the wait.
-        if step < last:
-            if step == first:
+        if i < last:
+            if i == first:
                 wait_for_previous(PDL)
             planes = (
                 _load_plane(x_ptr, block_m, step, 0, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
@@ -614,7 +616,7 @@ def _int4_decode_kernel(
             gate_total, gate_x_total, gate_s_ptr, gate_z_ptr, block_n, N, WARPS, ROWS, BLOCK_M, GROUP_SIZE
         )
         acc *= activate(gate, ACTIVATION)
-    if SPLITS > 1:  # one that has no step must not write early either
+    if SPLITS > 1 and not ONE_STEP:  # one that has no step must not write early either
         wait_for_previous(PDL)
     out_tile = block_m * tl.num_programs(1) + block_n
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -995,8 +997,9 @@ def plan(
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
         step = config.warps * config.warp_units * unit
-        one_step = config.splits == 1 and step >= k
-        launcher = _decode_launcher(config, block_m // 8, one_step, k % step == 0, unit, group_size, activation, facts)
+        one_step = config.is_one_step(triton.cdiv(k, unit))
+        whole_steps = k % (step * config.splits if one_step else step) == 0
+        launcher = _decode_launcher(config, block_m // 8, one_step, whole_steps, unit, group_size, activation, facts)
     else:
         block_m, block_n = config.block_m, config.block_n
         if isinstance(config, PrefillConfig):
@@ -1020,14 +1023,14 @@ def _fixed_launch(
     zero_dtypes: tuple[torch.dtype | None, ...],  # of each weight
     dtypes: tuple[torch.dtype | None, ...],  # of all else that may differ
     group_size: int,
-    facts: DeviceFacts,
+    device: torch.device,
     config: DecodeConfig | SplitConfig | None,
     activation: str | None = None,
 ) -> tuple[FixedLaunch, int, int]:
     """(the plan's launch for tensors of these dtypes, its partials and arrivals)"""
     kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
     zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
-    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, facts, config, activation)
+    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, device_facts(device), config, activation)
     return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
 
 
@@ -1079,7 +1082,7 @@ def _readable(x: Tensor) -> Tensor:
     """x as the kernels read it: 16-bit floats, rows without gaps."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"the INT4 GEMM: x is {x.dtype}, on a GPU it must be bfloat16 or float16")
-    return x if x.stride(1) == 1 else x.contiguous()
+    return x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()  # to ask for strides takes longer
 
 
 def int4_gemm(
@@ -1100,17 +1103,17 @@ def int4_gemm(
     check_aligned(packed, scales, zeros)
     zero_dtype = None if zeros is None else zeros.dtype
     device = x.device
-    facts = device_facts(device)
-    zero_kind = kind_of_zeros(zero_dtype, group_size)
-    if config is None and dequantizes(m, out_features, k, group_size, zero_kind, facts):
-        return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
+    if m > DECODE_ROWS and config is None:
+        kind = kind_of_zeros(zero_dtype, group_size)
+        if dequantizes(m, out_features, k, group_size, kind, device_facts(device)):
+            return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
     dtypes = x.dtype, scales.dtype, None if bias is None else bias.dtype
     stride = x.stride(0) if m > 1 else k  # of one row it is any
     launch, num_partials, num_arrivals = _fixed_launch(
-        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, facts, config
+        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device, config
     )
     partials = arrivals = None
     if num_partials:
@@ -1166,7 +1169,7 @@ def int4_gated_linear(
     dtypes = x.dtype, scales.dtype, gate_scales.dtype
     stride = x.stride(0) if m > 1 else k
     launch, _, _ = _fixed_launch(
-        m, out_features, k, stride, zero_dtypes, dtypes, group_size, device_facts(x.device), config, activation
+        m, out_features, k, stride, zero_dtypes, dtypes, group_size, x.device, config, activation
     )
     launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None))
     return y
