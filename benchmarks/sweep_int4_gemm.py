@@ -95,8 +95,9 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, zeros: Zer
             continue
         if stages * stage <= facts.shared_memory_bytes:
             found.append(SplitConfig(block_n, block_m, splits, warps, stages))
-            if block_n == block_m == 128 and stages == 3 and zeros is not Zeros.REAL:
-                found.append(PrefillConfig(block_n, block_m, splits, warps, stages))
+            if block_n == block_m == 128 and stages == 3:
+                limit = 255 if zeros is Zeros.REAL else 128
+                found.append(PrefillConfig(block_n, block_m, splits, warps, stages, limit))
     return found
 
 

@@ -47,25 +47,35 @@ def test_matches_the_oracle_in_the_interpreter(m, n, k, group_size, zeros, dtype
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("rows", [9, 17], ids=["decode", "prefill"])
-def test_offsets_beyond_32_bits(rows):
+@pytest.mark.parametrize(
+    ("rows", "config"),
+    [(9, None), (17, None), (17, PrefillConfig(16, 16, 1, 4, 2, max_registers=128))],
+    ids=["decode", "split", "prefill"],
+)
+def test_offsets_beyond_32_bits(rows, config):
     """Rows of x 2^28 elements apart, as hidden[:, -1] of a long prompt: the last ones are past 2^31."""
     weight = quantize(torch.randn(16, 64, generator=torch.Generator().manual_seed(0)), 64)
     x = torch.empty(rows << 28, dtype=torch.float16).as_strided((rows, 64), (2**28, 1))  # only the rows are touched
     x.copy_(torch.randn(rows, 64, generator=torch.Generator().manual_seed(1)))
-    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 64, 16)
+    y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, None, None, 64, 16, config)
     assert_close(y, int4_gemm_ref(x, weight))
 
 
 @pytest.mark.interp
-@pytest.mark.parametrize("m", [2, 20], ids=["decode", "prefill"])
-def test_reads_no_row_past_the_last_tile(m):
+@pytest.mark.parametrize(
+    ("m", "config"),
+    [
+        (2, DecodeConfig(4, 2, 1, 2, 128)),
+        (20, SplitConfig(64, 16, splits=1, num_warps=4, stages=2)),
+        (20, PrefillConfig(64, 16, splits=1, num_warps=4, stages=2, max_registers=128)),
+    ],
+    ids=["decode", "split", "prefill"],
+)
+def test_reads_no_row_past_the_last_tile(m, config):
     """N = 17 needs two tiles; blocks of 64 rows would reach two more, which here hold scales of NaN."""
     whole = quantize(torch.randn(64, 128, generator=torch.Generator().manual_seed(0)), 128)
     whole.scales[2:] = float("nan")
     part = Int4Weight(whole.packed[:2], whole.scales[:2], None, 128, (17, 128))
-    prefill = SplitConfig(64, 16, splits=1, num_warps=4, stages=2)
-    config = DecodeConfig(4, 2, 1, 2, 128) if m <= 16 else prefill
     x = torch.randn(m, 128, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(1))
     y = triton_gemm.int4_gemm(x, part.packed, part.scales, None, None, 128, 17, config)
     assert_close(y, int4_gemm_ref(x, part))
@@ -110,12 +120,16 @@ def test_unpack_gives_every_value(plane, rows, zero, dtype, device):
 
 @pytest.mark.interp
 @pytest.mark.parametrize(
-    "config", [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1)], ids=str
+    "config",
+    [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1), (1, 1, 2, 4)],
+    ids=str,
 )
-@pytest.mark.parametrize(("k", "group_size"), [(576, 32), (640, 128), (1152, 64), (320, -1), (2560, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("k", "group_size"), [(576, 32), (640, 128), (768, 128), (1152, 64), (320, -1), (2560, 128)], ids=str
+)
 @pytest.mark.parametrize("zeros", [Zeros.REAL, Zeros.INTEGER], ids=lambda z: z.value)
 def test_every_shape_of_a_block(k, group_size, config, zeros, poisoned):
-    """More steps than one and a last one that is not whole, warps with nothing to do, tiles past N."""
+    """More steps than one and a last one that is not whole, warps and splits with nothing to do, tiles past N."""
     generator = torch.Generator().manual_seed(0)
     weight = quantized(torch.randn(50, k, generator=generator), group_size, zeros)
     x = torch.randn(9, k, generator=generator).bfloat16()
@@ -191,17 +205,18 @@ def test_blocks_of_many_rows(config, poisoned):
 @pytest.mark.parametrize(
     ("k", "group_size", "zeros", "splits"),
     [(576, 32, Zeros.NONE, 2), (640, 128, Zeros.INTEGER, 4), (384, 64, Zeros.INTEGER, 1), (96, 32, Zeros.NONE, 1)]
-    + [(100, -1, Zeros.NONE, 1), (1152, 32, Zeros.INTEGER, 2)],
+    + [(100, -1, Zeros.NONE, 1), (1152, 32, Zeros.INTEGER, 2), (576, 32, Zeros.REAL, 1), (640, 128, Zeros.REAL, 2)]
+    + [(100, -1, Zeros.REAL, 1)],
     ids=str,
 )
 def test_weights_scaled_before_the_product(k, group_size, zeros, splits, scale_dtype, dtype, poisoned):
     """Scales of the dtype of x and of others; K that ends within a unit; rows past M and past the last tile."""
     generator = torch.Generator().manual_seed(0)
-    weight = quantized(torch.randn(50, k, generator=generator), group_size, zeros, scale_dtype=scale_dtype)
+    weight = quantized(torch.randn(33, k, generator=generator), group_size, zeros, scale_dtype=scale_dtype)
     x = torch.full((25, k + 16), float("nan")).to(dtype)  # what is past K is no number
     x[:, :k] = torch.randn(25, k, generator=generator)
-    config = PrefillConfig(32, 16, splits, num_warps=4, stages=3)
-    y = triton_gemm.int4_gemm(x[:, :k], weight.packed, weight.scales, weight.zeros, None, group_size, 50, config)
+    config = PrefillConfig(32, 16, splits, num_warps=4, stages=3, max_registers=128)
+    y = triton_gemm.int4_gemm(x[:, :k], weight.packed, weight.scales, weight.zeros, None, group_size, 33, config)
     assert_close(y, int4_gemm_ref(x[:, :k], weight))
 
 
@@ -284,6 +299,8 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "prefill-scaled-integers-g32": (128, 28672, 4096, 32, "*fp16", "*i16"),
     "prefill-scaled-g32-k576": (256, 49152, 576, 32, "*fp16", None),
     "prefill-scaled-channel": (256, 28672, 4096, -1, "*fp16", None),
+    "prefill-scaled-zeros": (128, 28672, 4096, 32, "*fp16", "*fp16"),
+    "prefill-scaled-zeros-channel": (256, 28672, 4096, -1, "*fp16", "*fp32"),
     "prefill-g128-zeros": (128, 4096, 4096, 128, "*fp16", "*fp16"),
     "prefill-per-channel": (128, 4096, 4096, -1, "*fp16", "*fp16"),
 }
@@ -381,12 +398,19 @@ def test_no_product_runs_on_into_the_next_step(name, dtype):
     """wgmma reads weights from registers while it runs, and Triton does not see that they are unpacked anew. (With
     seven products left running sums of a step were wrong, in some blocks.)"""
     compiled = compile_gemm("sm_90", name, dtype)
-    waits = re.findall(r"WARPGROUP\.DEPBAR\.LE gsb0, (0x\w+)", compiled.assembly)
-    assert waits and set(waits) == {"0x0"}
+    lines = compiled.assembly.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    products = [i for i, line in enumerate(lines) if " HGMMA" in line]
+    waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line]
+    targets = {i: labels[m[1]] for i, line in enumerate(lines) if (m := re.search(r" BRA `\((\.L_\w+)\)", line))}
+    ends = [i for i, target in targets.items() if target < products[0] < i]
+    assert ends, "a loop around the products"
+    last = max(i for i in products if i < ends[0])
+    assert any(last < i < ends[0] for i in waits), "all products end before the step does"
+    assert "DEPBAR.LE gsb0, 0x0" in compiled.assembly and not re.search(r"gsb0, 0x[1-9]", compiled.assembly)
     assert ("scaled" in name) == ("_int4_prefill_kernel" in compiled.name)
     if "scaled" in name:  # unpacked and scaled within a thread, two weights at a time
-        products = max(i for i, line in enumerate(compiled.assembly.splitlines()) if "HGMMA" in line)
-        assert not re.search(r" (SHFL|I2F|STS)\b", "\n".join(compiled.assembly.splitlines()[:products]))
+        assert not re.search(r" (SHFL|I2F|STS)\b", "\n".join(lines[: products[-1]]))
 
 
 def test_what_a_mask_leaves_out_is_a_number():
@@ -429,6 +453,14 @@ def test_a_table_comes_before_pick_config_on_its_own_gpu(tmp_path, no_table):
         assert triton_gemm.plan(m, 4096, 2048, group_size, zeros, H100).launcher.meta.get("WARPS") != 16
     assert triton_gemm.plan(1, 4096, 2048, 128, Zeros.NONE, H100, None, "silu").launcher.meta["WARPS"] != 16
     assert triton_gemm.plan(1, 4096, 2048, 128, Zeros.NONE, SMALL_CHIP) == elsewhere
+
+
+def test_x_of_many_rows_is_copied_unless_its_rows_are_aligned():
+    whole = torch.randn(3, 48).half()
+    assert triton_gemm._aligned(whole) is whole and triton_gemm._aligned(whole[:, :36]).stride() == (48, 1)
+    for x in (torch.randn(3, 44).half()[:, :40], torch.randn(121).half()[1:].view(3, 40)):
+        copy = triton_gemm._aligned(x)
+        assert torch.equal(copy, x) and copy.stride(0) % 8 == 0 and copy.data_ptr() % 16 == 0
 
 
 @pytest.mark.interp
@@ -483,6 +515,9 @@ def test_matches_the_oracle_on_a_gpu(m, zeros, group_size, dtype, poisoned):
         (500, 28672, 1024, 128, Zeros.INTEGER),
         (256, 49152, 576, 32, Zeros.NONE),
         (256, 28672, 1024, -1, Zeros.NONE),
+        (256, 28672, 1024, -1, Zeros.REAL),
+        (128, 28672, 1024, 32, Zeros.REAL),
+        (250, 4096, 14336, 128, Zeros.REAL),
     ],
     ids=str,
 )

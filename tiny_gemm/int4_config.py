@@ -59,7 +59,9 @@ class SplitConfig:
 
 @dataclass(frozen=True)
 class PrefillConfig(SplitConfig):
-    """The same of the kernel that scales weights before the product."""
+    """The same of the kernel that scales weights before the product; a thread may have max_registers."""
+
+    max_registers: int
 
 
 def pick_config(
@@ -118,16 +120,19 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
 
 
 def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> PrefillConfig | None:
-    """Blocks of 128 x 128, two an SM, where that is faster than what else there is. Measured on an H200, 2026-11-29."""
-    if m <= 64 or zeros is Zeros.REAL or facts.capability != (9, 0):
+    """Blocks of 128 x 128 where they are faster than what else there is. Measured on an H200, 2026-11-29."""
+    if m <= 64 or not facts.is_nvidia or facts.capability != (9, 0):
         return None
-    room = 2 * facts.sm_count
-    config = _cut_k(PrefillConfig(128, 128, 1, 8, 3), m, n, units, room, least_units=24)
+    blocks_per_sm = 1 if zeros is Zeros.REAL else 2  # by the registers that zeros take
+    room = blocks_per_sm * facts.sm_count
+    config = PrefillConfig(128, 128, 1, 8, 3, max_registers=255 if blocks_per_sm == 1 else 128)
+    config = _cut_k(config, m, n, units, room, least_units=24)
     used = _filled(config, m, n, room) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
+    plain = groups == 1 and zeros is not Zeros.REAL
     if m <= _most_rows(groups, zeros):
-        is_faster = used >= (0.8 if groups == 1 else 0.5)
+        is_faster = used >= (0.8 if plain else 0.5)
     else:  # in ns for a million weights: against writing them in 16 bits and multiplying those
-        is_faster = (3.2 if groups == 1 else 3.9) * m / used < 750 + 2.5 * m
+        is_faster = (3.2 if plain else 3.9) * m / used < 750 + 2.5 * m
     return config if is_faster else None
 
 

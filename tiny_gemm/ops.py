@@ -124,8 +124,9 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tens
 
     x: [..., K], bfloat16 or float16 (on CPU also float32, which is exact up to float32 rounding). bias: [N], x's dtype.
     Returns [..., N] in x's dtype; sums are float32 and rounded once. Deterministic, and on a GPU a row has the same
-    bits alone as in a batch of up to 16. There, more than 256 rows (192 in small groups; 64 to 128 with real zeros, or
-    with any per channel) take a 16-bit copy of W for as long as the call.
+    bits alone as in a batch of up to 16. There, many rows (more than 256, 192 in small groups, 64 to 128 with
+    real zeros or with any per channel; more than some 768 on Hopper) may take a 16-bit copy of W for as long as the
+    call.
     """
     args = x, weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.shape[0]
     if _is_plain(x, optional=args[1:5]) and _is_ready(x, x.dim() and x.shape[-1], weight, bias):

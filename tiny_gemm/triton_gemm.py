@@ -5,13 +5,13 @@
 or, where zeros are integers, sum over g of scale[n, g] * sum_k x[m, k] * (q[n, k] - zero[n, g]).
 
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
-batch of 8 costs what a batch of 1 costs. There are two kernels:
+batch of 8 costs what a batch of 1 costs. There are three kernels:
 
 - `_int4_decode_kernel`, up to DECODE_ROWS rows: the warps of a block split K. Weights stream through a ring of stages
   in shared memory, each thread reading back what it fetched itself. What is fetched first does not depend on x, so it
   is on its way, or there, before the kernel waits for the one that computes x.
-- `_int4_gemm_kernel`, more rows (prefill): the warps of a block own different rows of W and share x through shared
-  memory.
+- `_int4_gemm_kernel`, more rows: the warps of a block own different rows of W and share x through shared memory.
+- `_int4_prefill_kernel`, still more, on Hopper: likewise, with weights that are scaled before the product.
 
 Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
 sums. Where `dequantizes` says so W is dequantized once, and the product is cuBLAS's.
@@ -96,6 +96,21 @@ _UNPACK_FP16_Z = _unpack_asm(
     ),
 )
 
+
+def _affine_asm(convert: str) -> tl.constexpr:
+    """For each plane, PTX that turns two int16 into (128 + nibble) * scale + summand, $2, $3 and $4, $5 in fp32. A word
+    of 0x43, a nibble alone in its byte, and zeros is 128 + nibble in fp32."""
+    return tl.constexpr(
+        tuple(
+            f"{{ .reg .b32 t, l, h; .reg .f32 x, y; shr.u32 t, $1, {4 * (plane % 2)}; and.b32 t, t, 0x0F0F0F0F; "
+            f"prmt.b32 l, t, 0x43000000, 0x7{plane // 2}44; prmt.b32 h, t, 0x43000000, 0x7{2 + plane // 2}44; "
+            f"mov.b32 x, l; mov.b32 y, h; fma.rn.f32 x, x, $2, $4; fma.rn.f32 y, y, $3, $5; {convert} $0, y, x; }}"
+            for plane in range(4)
+        )
+    )
+
+
+_AFFINE_BF16, _AFFINE_FP16 = _affine_asm("cvt.rn.bf16x2.f32"), _affine_asm("cvt.rn.f16x2.f32")
 # $1 * $2, and $1 * ($2 + $3) rounded once; 0x80008000: -0, twice.
 _TIMES_BF16, _TIMES_FP16 = (
     tl.constexpr(f"{{ .reg .b32 z; mov.b32 z, 0x80008000; {fma} $0, $1, $2, z; }}") for fma, *_ in (_BF16, _FP16)
@@ -534,7 +549,7 @@ def _int4_decode_kernel(
     X_TILES: tl.constexpr,
     SPLITS: tl.constexpr,  # 1 with a gate
     ONE_STEP: tl.constexpr,  # is all that a split has of K: its weights go straight into registers
-    WHOLE_STEPS: tl.constexpr,  # K ends with a step
+    WHOLE_STEPS: tl.constexpr,  # K ends with a step, and each split has as many
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -783,7 +798,7 @@ def _scaled_plane(
     packed,  # [BLOCK_N, COLS] int16
     s_ptr,
     z_ptr,
-    s_rows,  # [BLOCK_N] offsets of the first pair of each row
+    s_rows,  # [BLOCK_N] offsets of the first pair of each row; per channel of its scale
     unit,
     PLANE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -791,14 +806,25 @@ def _scaled_plane(
     DTYPE: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """The weights of plane PLANE themselves, [BLOCK_N, UNIT / 4] of DTYPE, rounded once; per channel without scale and
-    over UNPACKED. A scale of another dtype than x is two numbers, high + low."""
+    """The weights of plane PLANE themselves, [BLOCK_N, UNIT / 4] of DTYPE, rounded once; per channel without zeros they
+    are not scaled, and over UNPACKED. A scale of another dtype than x is two numbers, high + low; with zeros that are
+    not subtracted as integers it is fp32, as the zeros are. In fp16 four times a scale must be finite."""
     COLS: tl.constexpr = UNIT // 4
-    group = unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE  # unused per channel
-    offs = (s_rows + group // 2 * 16) * 2 + group % 2
+    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    offs = s_rows
+    if GROUP_SIZE != -1:
+        group = unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE
+        offs = (s_rows + group // 2 * 16) * 2 + group % 2
     zero = None
-    if z_ptr is not None:
+    if INTEGER_ZEROS:
         zero = tl.load(z_ptr + offs)[:, None].broadcast_to(packed.shape)
+    elif z_ptr is not None:
+        scale = tl.load(s_ptr + offs).to(tl.float32)
+        summand = -(tl.load(z_ptr + offs).to(tl.float32) + 128.0) * scale
+        return _unpack_affine(
+            packed, scale[:, None].broadcast_to(packed.shape), summand[:, None].broadcast_to(packed.shape),
+            PLANE, DTYPE, USE_ASM,
+        )  # fmt: skip
     w = _unpack_plane(packed, zero, PLANE, DTYPE, USE_ASM)
     if GROUP_SIZE == -1:
         return w
@@ -809,6 +835,23 @@ def _scaled_plane(
     else:
         low = (scale - high.to(tl.float32)).to(DTYPE)
         return _times(w, high[:, None].broadcast_to(w.shape), low[:, None].broadcast_to(w.shape), USE_ASM)
+
+
+@triton.jit
+def _unpack_affine(packed, scale, summand, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """(128 + nibble PLANE) * scale + summand of every int16, in fp32 and then rounded to DTYPE."""
+    if USE_ASM and DTYPE == tl.bfloat16:
+        asm: tl.constexpr = _AFFINE_BF16[PLANE]
+        return tl.inline_asm_elementwise(
+            asm, "=r,r,r,r,r,r", [packed, scale, summand], tl.bfloat16, is_pure=True, pack=2
+        )
+    elif USE_ASM:
+        asm: tl.constexpr = _AFFINE_FP16[PLANE]
+        return tl.inline_asm_elementwise(
+            asm, "=r,r,r,r,r,r", [packed, scale, summand], tl.float16, is_pure=True, pack=2
+        )
+    else:
+        return ((((packed >> (4 * PLANE)) & 15).to(tl.float32) + 128.0) * scale + summand).to(DTYPE)
 
 
 @triton.jit
@@ -832,7 +875,7 @@ def _int4_prefill_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
     s_ptr,  # [N / 16, PAIRS, 16, 2]; per channel [N / 16, 1, 16, 1]
-    z_ptr,  # int16, like s_ptr, or None
+    z_ptr,  # like s_ptr, or None
     bias_ptr,  # [N] or None
     y_ptr,  # [M, N], contiguous
     partial_ptr,  # as in store_split; None with one split
@@ -890,7 +933,7 @@ def _int4_prefill_kernel(
             # Triton waits for the products where their sums are used. Without this it would go on to the next step, and
             # unpack its weights into registers that wgmma still reads: it looks after sums and shared memory only.
             acc = tl.inline_asm_elementwise("// sums", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
-    if GROUP_SIZE == -1:
+    if GROUP_SIZE == -1 and z_ptr is None:
         acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None] * UNPACKED
 
     out_tile = block_m * tl.num_programs(1) + block_n
@@ -1064,7 +1107,7 @@ def _prefill_launcher(
     return Launcher(
         _int4_prefill_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits,
         WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size, STAGES=config.stages, USE_ASM=facts.is_nvidia,
-        num_warps=config.num_warps, maxnreg=128, **pdl_options(facts),
+        num_warps=config.num_warps, maxnreg=config.max_registers, **pdl_options(facts),
     )  # fmt: skip
 
 
@@ -1083,6 +1126,12 @@ def _readable(x: Tensor) -> Tensor:
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"the INT4 GEMM: x is {x.dtype}, on a GPU it must be bfloat16 or float16")
     return x if x.is_contiguous() or x.stride(1) == 1 else x.contiguous()  # to ask for strides takes longer
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of which the rows begin at multiples of 16 bytes: others are not fetched ahead."""
+    is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
+    return x if is_aligned or x.shape[1] % 8 else x.clone(memory_format=torch.contiguous_format)
 
 
 def int4_gemm(
@@ -1107,6 +1156,7 @@ def int4_gemm(
         kind = kind_of_zeros(zero_dtype, group_size)
         if dequantizes(m, out_features, k, group_size, kind, device_facts(device)):
             return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
+        x = _aligned(x)
     y = x.new_empty(m, out_features)
     if m == 0:
         return y
