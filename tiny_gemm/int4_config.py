@@ -128,11 +128,12 @@ def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts
     config = PrefillConfig(128, 128, 1, 8, 3, max_registers=255 if blocks_per_sm == 1 else 128)
     config = _cut_k(config, m, n, units, room, least_units=24)
     used = _filled(config, m, n, room) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
-    plain = groups == 1 and zeros is not Zeros.REAL
     if m <= _most_rows(groups, zeros):
-        is_faster = used >= (0.8 if plain else 0.5)
+        sums_cost_little = groups == 1 and zeros is not Zeros.REAL
+        is_faster = used >= (0.45 if not sums_cost_little else 0.65 if m <= 128 else 0.8)
     else:  # in ns for a million weights: against writing them in 16 bits and multiplying those
-        is_faster = (3.2 if plain else 3.9) * m / used < 750 + 2.5 * m
+        a_row = (5.2 if groups == 1 else 6.0) if zeros is Zeros.REAL else (3.2 if groups == 1 else 3.9)
+        is_faster = a_row * m / used < 750 + 2.5 * m
     return config if is_faster else None
 
 
@@ -229,7 +230,7 @@ def _decode_blocks(
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
     if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros and groups == 1:  # one step of each split
-        return 2, 8, 4, 2
+        return 2, 8, triton.cdiv(units, 16), 2
     if groups > 2 and real_zeros and tiles_per_sm <= 2:
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
