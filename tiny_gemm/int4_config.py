@@ -179,7 +179,7 @@ def pick_decode_config(
     groups = groups_a_unit(group_size, k)
     if facts.is_nvidia:
         tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, zeros is Zeros.REAL, gated)
+        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, zeros, gated)
         warp_units, warps, splits, row_tiles = blocks
     else:
         warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
@@ -204,21 +204,20 @@ def pick_decode_config(
     limit = min(limit, 2048 // warps // 8 * 8)
     if one_step and splits > 1:  # all of them at once
         limit = min(limit, 128)
-    if one_step and m <= 8 and groups == 1 and zeros is Zeros.NONE and not gated:
-        # What counts is how soon the next kernel's blocks find room.
-        limit = min(limit, {8: 88, 16: 64}.get(warps, limit))
+    if one_step and m <= 8 and groups == 1 and not gated:  # what counts is how soon the next kernel's blocks find room
+        limit = min(limit, 64 if warps == 16 else 88 if warps == 8 and zeros is Zeros.NONE else limit)
     return dataclasses.replace(config, row_tiles=row_tiles, max_registers=limit)
 
 
 def _decode_blocks(
-    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, real_zeros: bool, gated: bool
+    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, zeros: Zeros, gated: bool
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
     Swept on an H200, 2026-11-28, groups of 32 and 64 on 2026-11-29: see docs/notes/int4-gemm.md. What decides is that
     all blocks fit the chip at once, scales and zeros taking registers, and that they are many.
     """
-    few = m <= 8
+    few, real_zeros = m <= 8, zeros is Zeros.REAL
     if unit == 64 and units >= 32 and tiles_per_sm <= 2 and not gated:
         return 1, 4, 4, 1 if m == 1 else 2
     if unit == 64:  # small models: all of K in one step, if it is not more than 1,024
@@ -226,7 +225,8 @@ def _decode_blocks(
     if gated:
         return 2 if groups <= 2 else 1, 4, 1, 1
     if units <= 16 and tiles_per_sm <= 3:  # one step
-        return 2, 8, 1, 1 if tiles_per_sm <= 0.75 and few else 2
+        wide = tiles_per_sm > (0.75 if groups == 1 and zeros is Zeros.NONE else 1)
+        return 2, 8, 1, 2 if wide or not few else 1
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
     if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros and groups == 1:  # one step of each split
@@ -238,7 +238,7 @@ def _decode_blocks(
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
         if tiles_per_sm > 1:
             return 2, 4, 4, 2 if few else 4
-        return 2, 4, 4, 1
+        return 2, 4, 4, 1 if m == 1 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
