@@ -35,6 +35,7 @@ from tiny_gemm.int4_config import (
     SplitConfig,
     Zeros,
     groups_a_unit,
+    prefill_registers,
     registers_needed,
     stage_bytes,
 )
@@ -96,8 +97,7 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, zeros: Zer
         if stages * stage <= facts.shared_memory_bytes:
             found.append(SplitConfig(block_n, block_m, splits, warps, stages))
             if block_n == block_m == 128 and stages == 3:
-                limit = 255 if zeros is Zeros.REAL else 128
-                found.append(PrefillConfig(block_n, block_m, splits, warps, stages, limit))
+                found.append(PrefillConfig(block_n, block_m, splits, warps, stages, prefill_registers(zeros)))
     return found
 
 

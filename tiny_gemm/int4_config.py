@@ -5,6 +5,7 @@ import enum
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import triton
@@ -123,10 +124,9 @@ def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts
     """Blocks of 128 x 128 where they are faster than what else there is. Measured on an H200, 2026-11-29."""
     if m <= 64 or not facts.is_nvidia or facts.capability != (9, 0):
         return None
-    blocks_per_sm = 1 if zeros is Zeros.REAL else 2  # by the registers that zeros take
-    room = blocks_per_sm * facts.sm_count
-    config = PrefillConfig(128, 128, 1, 8, 3, max_registers=255 if blocks_per_sm == 1 else 128)
-    config = _cut_k(config, m, n, units, room, least_units=24)
+    limit = prefill_registers(zeros)
+    room = 65536 // (limit * 8 * 32) * facts.sm_count  # as many blocks as registers hold
+    config = _cut_k(PrefillConfig(128, 128, 1, 8, 3, limit), m, n, units, room, least_units=24)
     used = _filled(config, m, n, room) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
     if m <= _most_rows(groups, zeros):
         sums_cost_little = groups == 1 and zeros is not Zeros.REAL
@@ -137,6 +137,11 @@ def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts
     return config if is_faster else None
 
 
+def prefill_registers(zeros: Zeros) -> int:
+    """What a thread of 128 x 128 blocks of 8 warps may have: with real zeros one block fits an SM, else two do."""
+    return 255 if zeros is Zeros.REAL else 128
+
+
 def _most_rows(groups: int, zeros: Zeros) -> int:
     """With more rows of x than this the sums of groups cost more than dequantizing W. Found on an H200, 2026-11-29."""
     if groups > 1:  # more scales, more sums
@@ -144,6 +149,7 @@ def _most_rows(groups: int, zeros: Zeros) -> int:
     return 128 if zeros is Zeros.REAL else 256
 
 
+@lru_cache(maxsize=4096)
 def dequantizes(m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts) -> bool:
     """Whether for m rows of x W [n, k] is to be dequantized once, for a product in 16 bits."""
     groups = groups_a_unit(group_size, k)
