@@ -19,7 +19,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 
 import torch
 
@@ -30,12 +30,11 @@ from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts, device_facts
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
+    PREFILL_BLOCKS,
     DecodeConfig,
-    PrefillConfig,
     SplitConfig,
     Zeros,
     groups_a_unit,
-    prefill_registers,
     registers_needed,
     stage_bytes,
 )
@@ -59,7 +58,7 @@ def candidates(
 ) -> list[DecodeConfig] | list[SplitConfig]:
     """Configurations worth timing for m rows and a weight of n rows and k columns."""
     if m > DECODE_ROWS:
-        return _many_rows_candidates(k, n, m, facts, zeros, quick)
+        return _many_rows_candidates(k, n, m, facts, quick)
     groups = groups_a_unit(group, k)
     unit = unit_k(k)
     units = math.ceil(k / unit)
@@ -85,7 +84,7 @@ def candidates(
     return found
 
 
-def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, zeros: Zeros, quick: bool) -> list[SplitConfig]:
+def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, quick: bool) -> list[SplitConfig]:
     units, found = math.ceil(k / unit_k(k)), []
     for (block_n, warps), block_m, splits, stages in itertools.product(
         ((64, 4), (128, 8)), (32, 64, 128), (1, 2, 4, 8), (3,) if quick else (3, 4)
@@ -96,8 +95,8 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, zeros: Zer
             continue
         if stages * stage <= facts.shared_memory_bytes:
             found.append(SplitConfig(block_n, block_m, splits, warps, stages))
-            if block_n == block_m == 128 and stages == 3:
-                found.append(PrefillConfig(block_n, block_m, splits, warps, stages, prefill_registers(zeros)))
+            of_this_size = [b for b in PREFILL_BLOCKS if (b.block_n, b.block_m, b.stages) == (block_n, block_m, stages)]
+            found += [replace(b, splits=splits) for b in of_this_size]
     return found
 
 

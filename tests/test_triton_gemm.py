@@ -299,10 +299,15 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "prefill-scaled-integers-g32": (128, 28672, 4096, 32, "*fp16", "*i16"),
     "prefill-scaled-g32-k576": (256, 49152, 576, 32, "*fp16", None),
     "prefill-scaled-channel": (256, 28672, 4096, -1, "*fp16", None),
-    "prefill-scaled-zeros": (128, 28672, 4096, 32, "*fp16", "*fp16"),
+    "prefill-scaled-m512": (512, 28672, 4096, 128, "*fp16", None),
+    "prefill-scaled-zeros": (128, 28672, 4096, 128, "*fp16", "*fp16"),
+    "prefill-scaled-zeros-g32": (128, 28672, 4096, 32, "*fp16", "*fp16"),
+    "prefill-scaled-zeros-fp32": (256, 28672, 4096, 128, "*fp32", "*fp32"),
+    "prefill-scaled-zeros-splits": (128, 4096, 4096, 128, "*bf16", "*fp32"),
     "prefill-scaled-zeros-channel": (128, 28672, 4096, -1, "*fp16", "*fp32"),
-    "prefill-g128-zeros": (128, 4096, 4096, 128, "*fp16", "*fp16"),
-    "prefill-per-channel": (128, 4096, 4096, -1, "*fp16", "*fp16"),
+    "prefill-scaled-zeros-channel-splits": (128, 4096, 4096, -1, "*fp16", "*fp16"),
+    "prefill-g128-zeros": (128, 1024, 4096, 128, "*fp16", "*fp16"),
+    "prefill-per-channel": (128, 1024, 4096, -1, "*fp16", "*fp16"),
 }
 
 
@@ -333,9 +338,10 @@ def test_compiles_for_every_target(target, name):
     # prefill.
     compiled = compile_gemm(target, name)
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
-    aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name)
-    # With integer zeros a few moves to memory cost less than a block less on an SM.
-    assert compiled.spills <= 20
+    aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name or "scaled-zeros" in name)
+    # With zeros a few moves to memory cost less than a block less on an SM. (With real ones, in small groups, more; none
+    # where 16 divides N.)
+    assert compiled.spills <= (32 if "scaled-zeros" in name else 20)
 
 
 @pytest.mark.aot
@@ -535,19 +541,22 @@ def test_many_rows_on_a_gpu(m, n, k, group_size, zeros, poisoned):
 
 
 @pytest.mark.gpu
+@every_kind_of_zeros
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_weights_scaled_before_the_product_on_a_gpu(dtype, scale_dtype, poisoned):
-    """As exact as the product with weights that were dequantized, and the same bits in 200 launches."""
-    n, k, m = 28672, 2048, 125
-    weight = quantize(torch.randn(n, k, device="cuda"), 128, scale_dtype=scale_dtype)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(125, 28672, 2048), (125, 16384, 2048), (509, 28672, 2048), (250, 4096, 14336)], ids=str
+)
+def test_weights_scaled_before_the_product_on_a_gpu(m, n, k, dtype, scale_dtype, zeros, poisoned):
+    """As exact as the product with weights that were dequantized, and the same bits in 100 launches."""
+    weight = quantized(torch.randn(n, k, device="cuda"), 128, zeros, scale_dtype=scale_dtype)
     x = torch.randn(m, k, device="cuda", dtype=dtype)
-    args = weight.packed, weight.scales, None, None, 128, n
-    assert isinstance(int4_config.pick_config(m, n, k, 128, Zeros.NONE, device_facts(x.device)), PrefillConfig)
+    config = int4_config._prefill_config(m, n, k // 128, 1, zeros, device_facts(x.device)) or int4_config.TALL
+    args = weight.packed, weight.scales, weight.zeros, None, 128, n, config
     y, oracle = triton_gemm.int4_gemm(x, *args), int4_gemm_ref(x, weight)
     error = lambda y: ((y.double() - oracle).norm() / oracle.norm()).item()  # noqa: E731
     assert error(y) <= 1.01 * error(x @ dequantize(weight, dtype).T)
-    assert all(torch.equal(triton_gemm.int4_gemm(x, *args), y) for _ in range(200))
+    assert all(torch.equal(triton_gemm.int4_gemm(x, *args), y) for _ in range(100))
 
 
 @pytest.mark.gpu

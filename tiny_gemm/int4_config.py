@@ -111,35 +111,50 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
         return narrow
     if m <= 32:
         return narrow if fits else _cut_k(SplitConfig(128, 32, 1, 8, 3), m, n, units, 4 * sms)
-    room = sms if m <= 128 else 2 * sms
-    wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, room)
+    wide = _cut_k(SplitConfig(128, rows, 1, 8, 4 if m <= 64 else 3), m, n, units, sms)
     if 64 < m <= 128 and zeros is not Zeros.REAL and in_registers and groups == 1:
-        tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, room)  # unpacks W once
+        tall = _cut_k(SplitConfig(128, 128, 1, 8, 3), m, n, units, sms)  # unpacks W once
         wide = tall if units >= 16 * tall.splits else wide
-    filled = _filled(wide, m, n, room)
+    filled = _filled(wide, m, n, sms if m <= 128 or _blocks(wide, m, n) <= sms else 2 * sms)
     return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
+# Blocks of the kernel that scales weights first. Two fit an SM, by their registers and their shared memory.
+TALL = PrefillConfig(128, 128, 1, 8, 3, max_registers=128)
+FEW_WARPS = PrefillConfig(128, 128, 1, 4, 3, max_registers=255)  # each has more products under way
+HALF = PrefillConfig(64, 128, 1, 4, 3, max_registers=255)
+PREFILL_BLOCKS = TALL, FEW_WARPS, HALF
+
+
 def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> PrefillConfig | None:
-    """Blocks of 128 x 128 where they are faster than what else there is. Measured on an H200, 2026-11-29."""
+    """Those blocks where they are faster than what else there is. Measured on an H200, 2026-11-30."""
     if m <= 64 or not facts.is_nvidia or facts.capability != (9, 0):
         return None
-    limit = prefill_registers(zeros)
-    room = 65536 // (limit * 8 * 32) * facts.sm_count  # as many blocks as registers hold
-    config = _cut_k(PrefillConfig(128, 128, 1, 8, 3, limit), m, n, units, room, least_units=24)
-    used = _filled(config, m, n, room) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
+    sms, small_groups, real_zeros = facts.sm_count, groups > 1, zeros is Zeros.REAL
+    sums_cost_little = not small_groups and not real_zeros
+
+    def filled(config: PrefillConfig) -> float:  # an SM that has one block left is half as fast
+        return _filled(config, m, n, 2 * sms if _blocks(config, m, n) <= 2 * sms else sms)
+
+    config = _cut_k(TALL, m, n, units, 2 * sms, least_units=24)
+    half = _cut_k(HALF, m, n, units, 2 * sms, least_units=8)
+    half_can_win = m > 128 if sums_cost_little else real_zeros or n * units >= 2**18
+    if half_can_win and filled(half) > 1.2 * filled(config):
+        config = half
+    elif not small_groups and filled(config) > 0.9 and _blocks(config, m, n) <= 4 * sms:
+        config = dataclasses.replace(FEW_WARPS, splits=config.splits)
+    used = filled(config) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
     if m <= _most_rows(groups, zeros):
-        sums_cost_little = groups == 1 and zeros is not Zeros.REAL
         is_faster = used >= (0.45 if not sums_cost_little else 0.65 if m <= 128 else 0.8)
     else:  # in ns for a million weights: against writing them in 16 bits and multiplying those
-        a_row = (5.2 if groups == 1 else 6.0) if zeros is Zeros.REAL else (3.2 if groups == 1 else 3.9)
+        if config.block_n == HALF.block_n:
+            a_row = 5.8 if small_groups else 4.4
+        elif small_groups:
+            a_row = 4.0 if real_zeros else 3.6 if config.splits == 1 else 4.2
+        else:
+            a_row = 3.5 if real_zeros else 3.3
         is_faster = a_row * m / used < 750 + 2.5 * m
     return config if is_faster else None
-
-
-def prefill_registers(zeros: Zeros) -> int:
-    """What a thread of 128 x 128 blocks of 8 warps may have: with real zeros one block fits an SM, else two do."""
-    return 255 if zeros is Zeros.REAL else 128
 
 
 def _most_rows(groups: int, zeros: Zeros) -> int:

@@ -794,11 +794,31 @@ def _int4_gemm_kernel(
 
 
 @triton.jit
+def _s_rows(offs_n, N, K, GROUP_SIZE: tl.constexpr):
+    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)
+    return tile * 16 + offs_n % 16 if GROUP_SIZE == -1 else tile * tl.cdiv(K, 2 * GROUP_SIZE) * 16 + offs_n % 16
+
+
+@triton.jit
+def _load_of_rows(ptr, s_rows, group, GROUP_SIZE: tl.constexpr):
+    """The scales, or zeros, of a group: [BLOCK_N]; s_rows as in _scaled_plane."""
+    first, second = s_rows
+    if GROUP_SIZE != -1:
+        first = (first + group // 2 * 16) * 2 + group % 2
+    found = tl.load(ptr + first)
+    if second is not None:
+        if GROUP_SIZE != -1:
+            second = (second + group // 2 * 16) * 2 + group % 2
+        found = tl.join(found, tl.load(ptr + second)).permute(1, 0).reshape(2 * first.shape[0])
+    return found
+
+
+@triton.jit
 def _scaled_plane(
     packed,  # [BLOCK_N, COLS] int16
     s_ptr,
     z_ptr,
-    s_rows,  # [BLOCK_N] offsets of the first pair of each row; per channel of its scale
+    s_rows,  # (offsets of the first pair of each row, per channel of its scale, None), or of each half of the rows
     unit,
     PLANE: tl.constexpr,
     UNIT: tl.constexpr,
@@ -811,16 +831,13 @@ def _scaled_plane(
     not subtracted as integers it is fp32, as the zeros are. In fp16 four times a scale must be finite."""
     COLS: tl.constexpr = UNIT // 4
     INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
-    offs = s_rows
-    if GROUP_SIZE != -1:
-        group = unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE
-        offs = (s_rows + group // 2 * 16) * 2 + group % 2
+    group = 0 if GROUP_SIZE == -1 else unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE
     zero = None
     if INTEGER_ZEROS:
-        zero = tl.load(z_ptr + offs)[:, None].broadcast_to(packed.shape)
+        zero = _load_of_rows(z_ptr, s_rows, group, GROUP_SIZE)[:, None].broadcast_to(packed.shape)
     elif z_ptr is not None:
-        scale = tl.load(s_ptr + offs).to(tl.float32)
-        summand = -(tl.load(z_ptr + offs).to(tl.float32) + 128.0) * scale
+        scale = _load_of_rows(s_ptr, s_rows, group, GROUP_SIZE).to(tl.float32)
+        summand = -(_load_of_rows(z_ptr, s_rows, group, GROUP_SIZE).to(tl.float32) + 128.0) * scale
         return _unpack_affine(
             packed, scale[:, None].broadcast_to(packed.shape), summand[:, None].broadcast_to(packed.shape),
             PLANE, DTYPE, USE_ASM,
@@ -828,7 +845,7 @@ def _scaled_plane(
     w = _unpack_plane(packed, zero, PLANE, DTYPE, USE_ASM)
     if GROUP_SIZE == -1:
         return w
-    scale = tl.load(s_ptr + offs).to(tl.float32) * UNPACKED
+    scale = _load_of_rows(s_ptr, s_rows, group, GROUP_SIZE).to(tl.float32) * UNPACKED
     high = scale.to(DTYPE)
     if s_ptr.dtype.element_ty == DTYPE:
         return _times(w, high[:, None].broadcast_to(w.shape), None, USE_ASM)
@@ -887,6 +904,7 @@ def _int4_prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
+    IN_HALVES: tl.constexpr,  # a load of scales: by one of an element a thread Triton brings them through shared memory
     WHOLE_UNITS: tl.constexpr,  # K ends with a unit
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -911,7 +929,11 @@ def _int4_prefill_kernel(
     offs_k = tl.arange(0, 2 * COLS)
     tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)  # rows past N repeat the last tile
     w_ptrs = w_ptr + (tile * units * (16 * COLS) + offs_n % 16 * COLS)[:, None] + tl.arange(0, COLS)[None, :]
-    s_rows = tile * 16 + offs_n % 16 if GROUP_SIZE == -1 else tile * tl.cdiv(K, 2 * GROUP_SIZE) * 16 + offs_n % 16
+    if IN_HALVES:
+        upper = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        s_rows = _s_rows(upper, N, K, GROUP_SIZE), _s_rows(upper + BLOCK_N // 2, N, K, GROUP_SIZE)
+    else:
+        s_rows = _s_rows(offs_n, N, K, GROUP_SIZE), None
     # In place of rows past M the first ones, which needs no mask (one row many times takes half as long again).
     rows = tl.where(offs_m < M, offs_m, tl.minimum(offs_m - M, M - 1)).to(tl.int64)
     x_ptrs = x_ptr + rows[None, :] * stride_xm + offs_k[:, None]  # [2 * COLS, BLOCK_M]
@@ -934,7 +956,7 @@ def _int4_prefill_kernel(
             # unpack its weights into registers that wgmma still reads: it looks after sums and shared memory only.
             acc = tl.inline_asm_elementwise("// sums", "=f,0", [acc], tl.float32, is_pure=False, pack=1)
     if GROUP_SIZE == -1 and z_ptr is None:
-        acc *= tl.load(s_ptr + s_rows).to(tl.float32)[:, None] * UNPACKED
+        acc *= _load_of_rows(s_ptr, s_rows, 0, GROUP_SIZE).to(tl.float32)[:, None] * UNPACKED
 
     out_tile = block_m * tl.num_programs(1) + block_n
     first_n = block_n * BLOCK_N
@@ -973,10 +995,10 @@ def _dequantize_kernel(
         else:
             group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
             s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
-        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
+        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32)
         if z_ptr is not None:
-            w -= tl.load(z_ptr + s_offs).to(tl.float32) - 8.0
-        w *= tl.load(s_ptr + s_offs).to(tl.float32)
+            w -= (tl.load(z_ptr + s_offs).to(tl.float32) - 8.0) * (1.0 / UNPACKED)
+        w *= tl.load(s_ptr + s_offs).to(tl.float32) * UNPACKED
         k = unit * UNIT + plane * COLS + col
         n = row_tile * 16 + row
         tl.store(y_ptr + n * K + k, w.to(y_ptr.dtype.element_ty), mask=(n < N) & (k < K))
@@ -986,7 +1008,7 @@ def _dequantize_kernel(
 # Configuration and launcher
 # ---------------------------------------------------------------------------------------------------------------------
 
-DEQUANTIZE_UNITS = 4  # of 16 rows a block
+DEQUANTIZE_K = 256  # columns of 16 rows a block
 MAX_BLOCKS = 65535  # along the second dimension of a grid
 
 _TABLE: dict[tuple, DecodeConfig] = {}  # (gpu, k, n, group size, gated, most rows) -> what a sweep found
@@ -1106,7 +1128,8 @@ def _prefill_launcher(
 ) -> Launcher:
     return Launcher(
         _int4_prefill_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits,
-        WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size, STAGES=config.stages, USE_ASM=facts.is_nvidia,
+        IN_HALVES=config.block_n >= 32 * config.num_warps, WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size,
+        STAGES=config.stages, USE_ASM=facts.is_nvidia,
         num_warps=config.num_warps, maxnreg=config.max_registers, **pdl_options(facts),
     )  # fmt: skip
 
@@ -1181,7 +1204,7 @@ def dequantize_weight(
     """The Int4Weight given by its parts as a matrix [n, k] of bf16 or fp16."""
     facts = device_facts(packed.device)
     y = packed.new_empty(n, k, dtype=dtype)
-    grid = triton.cdiv(n, TILE_N), triton.cdiv(triton.cdiv(k, unit_k(k)), DEQUANTIZE_UNITS), 1
+    grid = triton.cdiv(n, TILE_N), triton.cdiv(k, DEQUANTIZE_K), 1
     _dequantize_launcher(unit_k(k), group_size, facts)(grid, (packed, scales, zeros, y), (n, k))
     return y
 
@@ -1189,8 +1212,8 @@ def dequantize_weight(
 @cache
 def _dequantize_launcher(unit: int, group_size: int, facts: DeviceFacts) -> Launcher:
     return Launcher(
-        _dequantize_kernel, UNIT=unit, GROUP_SIZE=group_size, BLOCK_UNITS=DEQUANTIZE_UNITS, USE_ASM=facts.is_nvidia,
-        num_warps=4,
+        _dequantize_kernel, UNIT=unit, GROUP_SIZE=group_size, BLOCK_UNITS=DEQUANTIZE_K // unit, USE_ASM=facts.is_nvidia,
+        num_warps=4 if facts.is_nvidia else 2,
     )  # fmt: skip
 
 
