@@ -192,6 +192,13 @@ def _row_tile(block_n, half, N, ROW_TILES: tl.constexpr):
 
 
 @triton.jit
+def _row_tile_offset(tile, parts, PART: tl.constexpr, ROW_TILES: tl.constexpr):
+    """Offset of a row tile, of `parts` times PART elements each. No compiler changes the order of these products: where
+    a thread has several tiles, one of the products serves all; a single tile's are no thread's own in either order."""
+    return tile * parts * PART if ROW_TILES == 1 else tile * (parts * PART)
+
+
+@triton.jit
 def _weight_tile(
     block_n,  # which ROW_TILES * 16 rows of W
     N,
@@ -207,7 +214,8 @@ def _weight_tile(
     unit = i // 32 % WARPS * WARP_UNITS + i // (32 * WARPS) % WARP_UNITS
     half = i // (32 * WARPS * WARP_UNITS)
     offs = unit * (4 * UNIT) + half % 2 * (2 * UNIT) + i % 32 * (UNIT // 16) + tl.arange(0, UNIT // 16)[None, :]
-    return _row_tile(block_n, half, N, ROW_TILES) * tl.cdiv(K, UNIT) * (4 * UNIT) + offs, unit
+    tile = _row_tile(block_n, half, N, ROW_TILES)
+    return _row_tile_offset(tile, tl.cdiv(K, UNIT), 4 * UNIT, ROW_TILES) + offs, unit
 
 
 @triton.jit
@@ -228,7 +236,8 @@ def _pairs_tile(
     pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i // (32 * WARPS) % PAIRS
     half = i // (32 * WARPS * EACH)
     offs = pair * 16 + half % 2 * 8 + i % 32 // 4
-    return _row_tile(block_n, half, N, ROW_TILES) * tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2) * 16 + offs, pair
+    tile = _row_tile(block_n, half, N, ROW_TILES)
+    return _row_tile_offset(tile, tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2), 16, ROW_TILES) + offs, pair
 
 
 @triton.jit
