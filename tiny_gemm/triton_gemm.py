@@ -432,6 +432,15 @@ def _sum_of_block(
 
 
 @triton.jit
+def _row_offsets(offs_n, N, units, pairs, COLS: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """(offsets of the first int16 of rows offs_n of W, of their first pair of scales), int64. A row has `units` units
+    and `pairs` pairs; per channel it has one scale in place of pairs. Rows past N repeat the last tile."""
+    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)
+    w_rows = tile * units * (16 * COLS) + offs_n % 16 * COLS
+    return w_rows, (tile if GROUP_SIZE == -1 else tile * pairs) * 16 + offs_n % 16
+
+
+@triton.jit
 def int4_tile(
     x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -467,11 +476,9 @@ def int4_tile(
     per_slice = tl.cdiv(steps, SLICES)
 
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)
     offs_c = tl.arange(0, COLS)
     slices = tl.arange(0, SLICES)
-    w_rows = tile * units * (16 * COLS) + (offs_n % 16) * COLS  # [BLOCK_N]
-    s_rows = (tile if GROUP_SIZE == -1 else tile * steps * PAIRS) * 16 + offs_n % 16  # [BLOCK_N]
+    w_rows, s_rows = _row_offsets(offs_n, N, units, steps.to(tl.int64) * PAIRS, COLS, GROUP_SIZE)  # [BLOCK_N]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, None, :] * stride_xm + offs_c[None, :, None]  # [1, COLS, BLOCK_M]
     ones = tl.full([SLICES, BLOCK_N, COLS], 1.0, DTYPE)
 
@@ -734,9 +741,8 @@ def _int4_gemm_kernel(
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, COLS)
-    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)  # rows past N repeat the last tile
-    w_ptrs = w_ptr + (tile * units * (16 * COLS) + (offs_n % 16) * COLS)[:, None] + offs_c[None, :]  # [BLOCK_N, COLS]
-    s_rows = (tile if GROUP_SIZE == -1 else tile * tl.cdiv(units * GROUPS, 2)) * 16 + offs_n % 16  # [BLOCK_N]
+    w_rows, s_rows = _row_offsets(offs_n, N, units, tl.cdiv(units * GROUPS, 2), COLS, GROUP_SIZE)  # [BLOCK_N]
+    w_ptrs = w_ptr + w_rows[:, None] + offs_c[None, :]  # [BLOCK_N, COLS]
     x_ptrs = x_ptr + offs_m.to(tl.int64)[None, :] * stride_xm + offs_c[:, None]  # [COLS, BLOCK_M]
     ones = tl.full([BLOCK_N, COLS], 1.0, DTYPE)
 
@@ -800,12 +806,6 @@ def _int4_gemm_kernel(
     out_tile = block_m * tl.num_programs(1) + block_n
     first_n = block_n * BLOCK_N
     store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, first_n, offs_m, M, N, SPLITS)
-
-
-@triton.jit
-def _s_rows(offs_n, N, K, GROUP_SIZE: tl.constexpr):
-    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)
-    return tile * 16 + offs_n % 16 if GROUP_SIZE == -1 else tile * tl.cdiv(K, 2 * GROUP_SIZE) * 16 + offs_n % 16
 
 
 @triton.jit
@@ -936,13 +936,16 @@ def _int4_prefill_kernel(
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, 2 * COLS)
-    tile = tl.minimum(offs_n // 16, tl.cdiv(N, 16) - 1).to(tl.int64)  # rows past N repeat the last tile
-    w_ptrs = w_ptr + (tile * units * (16 * COLS) + offs_n % 16 * COLS)[:, None] + tl.arange(0, COLS)[None, :]
+    pairs = tl.cdiv(K, 2 * GROUP_SIZE)  # unused per channel
+    w_rows, all_rows = _row_offsets(offs_n, N, units, pairs, COLS, GROUP_SIZE)
+    w_ptrs = w_ptr + w_rows[:, None] + tl.arange(0, COLS)[None, :]  # [BLOCK_N, COLS]
     if IN_HALVES:
-        upper = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
-        s_rows = _s_rows(upper, N, K, GROUP_SIZE), _s_rows(upper + BLOCK_N // 2, N, K, GROUP_SIZE)
+        half_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
+        _, first_half = _row_offsets(half_n, N, units, pairs, COLS, GROUP_SIZE)
+        _, second_half = _row_offsets(half_n + BLOCK_N // 2, N, units, pairs, COLS, GROUP_SIZE)
+        s_rows = first_half, second_half
     else:
-        s_rows = _s_rows(offs_n, N, K, GROUP_SIZE), None
+        s_rows = all_rows, None
     # In place of rows past M the first ones, which needs no mask (one row many times takes half as long again).
     rows = tl.where(offs_m < M, offs_m, tl.minimum(offs_m - M, M - 1)).to(tl.int64)
     x_ptrs = x_ptr + rows[None, :] * stride_xm + offs_k[:, None]  # [2 * COLS, BLOCK_M]
