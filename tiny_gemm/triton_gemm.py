@@ -147,6 +147,12 @@ def _unpack_plane(packed, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_AS
         return ((((packed >> (4 * PLANE)) & 15) - 8).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
 
 
+@triton.constexpr_function
+def _are_integers(z_ptr, group_size: int) -> bool:
+    """Whether there are zeros to subtract from the weights as integers, as kind_of_zeros says; per channel none are."""
+    return group_size != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+
+
 @triton.jit
 def _pair_ptr(ptr):
     """`ptr` to numbers of 16 or 32 bits as one to words that hold two: a pair of neighbours comes by one load."""
@@ -354,8 +360,7 @@ def _multiply_step(
     BLOCK_M: tl.constexpr = 8 * X_TILES
     GROUP: tl.constexpr = UNIT if GROUP_SIZE == -1 else GROUP_SIZE
     DTYPE: tl.constexpr = planes[0].dtype
-    # Integer zeros are subtracted from the weights; others are multiplied by sums of x.
-    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
     OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
     packed = _weights_operand(packed, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     ones = tl.full([BATCH, 16, COLS], 1.0, DTYPE)
@@ -727,7 +732,7 @@ def _int4_gemm_kernel(
     W are neighbours: in prefill W comes from L2."""
     COLS: tl.constexpr = UNIT // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
     OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
     GROUPS: tl.constexpr = UNIT // GROUP_SIZE  # a unit; unused per channel
     units = tl.cdiv(K, UNIT)
@@ -839,7 +844,7 @@ def _scaled_plane(
     are not scaled, and over UNPACKED. A scale of another dtype than x is two numbers, high + low; with zeros that are
     not subtracted as integers it is fp32, as the zeros are. In fp16 four times a scale must be finite."""
     COLS: tl.constexpr = UNIT // 4
-    INTEGER_ZEROS: tl.constexpr = GROUP_SIZE != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
+    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
     group = 0 if GROUP_SIZE == -1 else unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE
     zero = None
     if INTEGER_ZEROS:
