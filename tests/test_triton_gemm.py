@@ -339,8 +339,8 @@ def test_compiles_for_every_target(target, name):
     compiled = compile_gemm(target, name)
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
     aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name or "scaled-zeros" in name)
-    # With zeros a few moves to memory cost less than a block less on an SM. (With real ones, in small groups, more; none
-    # where 16 divides N.)
+    # With zeros a few moves to memory cost less than a block less on an SM. (With real ones that are scaled first they
+    # are more; none where 16 divides N, which is not said here.)
     assert compiled.spills <= (32 if "scaled-zeros" in name else 16)
 
 
