@@ -36,7 +36,12 @@ SHAPES = (  # (K, N), group 128: the projections of Llama 3 and Qwen3 models
     (2048, 2048), (2048, 3072), (2048, 16384), (8192, 2048), (4096, 4096), (4096, 6144), (4096, 28672), (14336, 4096),
     (4096, 128256),
 )  # fmt: skip
-MANY_ROWS = {(4096, 4096): (32, 64, 128, 512, 2048), (4096, 28672): (64, 128, 512)}
+MANY_ROWS = {
+    (4096, 4096): (32, 64, 128, 512, 2048),
+    (4096, 28672): (64, 128, 512),
+    (14336, 4096): (128, 512),
+    (2048, 16384): (128, 512),
+}
 ODD_SHAPES = (  # (K, N), group 32: SmolLM2's and others that no power of two divides
     (576, 192), (576, 1536), (576, 49152), (1536, 576), (2880, 2880), (7392, 4096), (10944, 2048), (18944, 3584),
 )  # fmt: skip
@@ -64,7 +69,7 @@ def cases(options: Options, machine: Machine) -> list[Case]:
         for m in rows or (*DECODE_ROWS, *MANY_ROWS.get((k, n), ()))
     ]
     found += [plain(None, f"{k}x{n}", k, n, m, 32) for k, n in ODD_SHAPES for m in rows or (1, 8)]
-    found += [plain(None, "4096x4096 zeros", 4096, 4096, m, 32, zeros=torch.float32) for m in rows or (1, 8)]
+    found += [plain(None, "4096x4096 zeros", 4096, 4096, m, 32, zeros=torch.float32) for m in rows or (1, 8, 128)]
     found += [plain(None, "4096x4096 int zeros", 4096, 4096, m, 128, zeros=torch.int16) for m in rows or (1, 8, 64)]
     if options.dtype == torch.bfloat16:
         found += [_case(machine, None, "4096x4096", 4096, 4096, m, 128, dtype=torch.float16) for m in rows or (1, 8)]

@@ -1,5 +1,6 @@
 """Which blocks the INT4 GEMM takes: rules that hold for every shape and chip, and tables that a sweep has written."""
 
+import itertools
 import json
 
 import aot
@@ -66,8 +67,8 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
     for k in (100, 576, 2048, 4096, 14336):
         for n in (17, 1536, 4096, 28672, 128256):
-            for m in (17, 32, 33, 64, 65, 128, 129, 256, 4096):
-                c = pick_config(m, n, k, 32 if k % 128 else 128, zeros, facts)
+            for m, group_size in itertools.product((17, 33, 64, 65, 128, 129, 256, 300, 512, 4096), (32, 64, 128, -1)):
+                c = pick_config(m, n, k, group_size if group_size <= unit_k(k) else 32, zeros, facts)
                 sums = c.block_n * c.block_m / (32 * c.num_warps)  # a thread
                 assert sums <= (128 if isinstance(c, PrefillConfig) and c.max_registers == 255 else 64)
                 assert c.block_m < 2 * max(m, 32)

@@ -1,6 +1,7 @@
 """The INT4 GEMM kernels: in the interpreter, as compiled for every target, and on a GPU."""
 
 import ast
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -200,6 +201,7 @@ def test_blocks_of_many_rows(config, poisoned):
 
 
 @pytest.mark.interp
+@pytest.mark.parametrize("num_warps", [4, 1], ids=["scales-at-once", "scales-in-halves"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(
@@ -209,13 +211,13 @@ def test_blocks_of_many_rows(config, poisoned):
     + [(100, -1, Zeros.REAL, 1)],
     ids=str,
 )
-def test_weights_scaled_before_the_product(k, group_size, zeros, splits, scale_dtype, dtype, poisoned):
+def test_weights_scaled_before_the_product(k, group_size, zeros, splits, scale_dtype, dtype, num_warps, poisoned):
     """Scales of the dtype of x and of others; K that ends within a unit; rows past M and past the last tile."""
     generator = torch.Generator().manual_seed(0)
     weight = quantized(torch.randn(33, k, generator=generator), group_size, zeros, scale_dtype=scale_dtype)
     x = torch.full((25, k + 16), float("nan")).to(dtype)  # what is past K is no number
     x[:, :k] = torch.randn(25, k, generator=generator)
-    config = PrefillConfig(32, 16, splits, num_warps=4, stages=3, max_registers=128)
+    config = PrefillConfig(32, 16, splits, num_warps, stages=3, max_registers=128)
     y = triton_gemm.int4_gemm(x[:, :k], weight.packed, weight.scales, weight.zeros, None, group_size, 33, config)
     assert_close(y, int4_gemm_ref(x[:, :k], weight))
 
@@ -239,6 +241,17 @@ def test_dequantized_weights_are_rounded_once(n, k, group_size, scale_dtype, zer
     weight = quantized(torch.randn(n, k, generator=generator), group_size, zeros, scale_dtype=scale_dtype)
     parts = weight.packed, weight.scales, weight.zeros, group_size
     assert torch.equal(triton_gemm.dequantize_weight(*parts, n, k, dtype), dequantize(weight).to(dtype))
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize("zero", [1e-8, 8.000001, 15.0])
+@pytest.mark.parametrize("scale", [1.0, 2.0**126])
+def test_dequantized_weights_are_what_they_are_far_out(scale, zero):
+    """Near a zero that is near 0 or 8, and with scales of which four times one is infinite."""
+    q = torch.arange(16, dtype=torch.uint8).repeat(16, 4)
+    weight = pack(q, torch.full((16, 2), scale), torch.full((16, 2), zero), 32)
+    y = triton_gemm.dequantize_weight(weight.packed, weight.scales, weight.zeros, 32, 16, 64, torch.bfloat16)
+    assert torch.equal(y, dequantize(weight).bfloat16())
 
 
 @pytest.mark.interp
@@ -292,20 +305,6 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "prefill-m128": (128, 4096, 14336, 128, "*fp16", None),
     "prefill-m192": (192, 4096, 4096, 128, "*fp16", None),
     "prefill-g32": (200, 1536, 576, 32, "*fp16", "*fp32"),
-    "prefill-scaled": (128, 28672, 4096, 128, "*fp16", None),
-    "prefill-scaled-bf16": (512, 28672, 4096, 128, "*bf16", None),
-    "prefill-scaled-fp32": (128, 28672, 4096, 128, "*fp32", None),
-    "prefill-scaled-integers-splits": (256, 4096, 14336, 128, "*fp16", "*i16"),
-    "prefill-scaled-integers-g32": (128, 28672, 4096, 32, "*fp16", "*i16"),
-    "prefill-scaled-g32-k576": (256, 49152, 576, 32, "*fp16", None),
-    "prefill-scaled-channel": (256, 28672, 4096, -1, "*fp16", None),
-    "prefill-scaled-m512": (512, 28672, 4096, 128, "*fp16", None),
-    "prefill-scaled-zeros": (128, 28672, 4096, 128, "*fp16", "*fp16"),
-    "prefill-scaled-zeros-g32": (128, 28672, 4096, 32, "*fp16", "*fp16"),
-    "prefill-scaled-zeros-fp32": (256, 28672, 4096, 128, "*fp32", "*fp32"),
-    "prefill-scaled-zeros-splits": (128, 4096, 4096, 128, "*bf16", "*fp32"),
-    "prefill-scaled-zeros-channel": (128, 28672, 4096, -1, "*fp16", "*fp32"),
-    "prefill-scaled-zeros-channel-splits": (128, 4096, 4096, -1, "*fp16", "*fp16"),
     "prefill-g128-zeros": (128, 1024, 4096, 128, "*fp16", "*fp16"),
     "prefill-per-channel": (128, 1024, 4096, -1, "*fp16", "*fp16"),
 }
@@ -324,24 +323,20 @@ def compile_gemm(target, name, dtype="bf16"):
     signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"} if launch.partials else {}
     if activation:
         signature |= {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros}
-    return aot.compile_launch(launch.launcher, target, signature, unaligned=("M", "N"))
+    return aot.compile_launch(launch.launcher, target, signature, unaligned=("M",))
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("target", "name"),
-    # Weights are scaled before the product on Hopper only; elsewhere these shapes take the kernel of other ones.
-    [(target, name) for target in aot.TARGETS for name in SHAPES if target == "sm_90" or "scaled" not in name],
-)
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("target", aot.TARGETS)
 def test_compiles_for_every_target(target, name):
     # Of a unit of 64 columns a lane loads 8 bytes at a time, and on AMD, where it is 32 bytes a row, so it does for
     # prefill.
     compiled = compile_gemm(target, name)
     narrow = "g32" in name and (target == "gfx942" or not name.startswith("prefill"))
-    aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name or "scaled-zeros" in name)
-    # With zeros a few moves to memory cost less than a block less on an SM. (With real ones that are scaled first they
-    # are more; none where 16 divides N, which is not said here.)
-    assert compiled.spills <= (32 if "scaled-zeros" in name else 16)
+    aot.check(compiled, vector_loads=not narrow, may_spill="integers" in name)
+    # With integer zeros a few moves to memory cost less than a block less on an SM.
+    assert compiled.spills <= 16
 
 
 @pytest.mark.aot
@@ -400,16 +395,12 @@ def test_x_is_read_after_the_wait_and_weights_before(name, in_one_step):
     assert not any(i < products[-1] for i in where("SHFL")), "nothing moves between threads"
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, "bf16") for name in SHAPES if name.startswith("prefill") or name == "vocabulary-m16"]
-    + [(name, "fp16") for name in SHAPES if "scaled" in name],
-)
-def test_no_product_runs_on_into_the_next_step(name, dtype):
-    """wgmma reads weights from registers while it runs, and Triton does not see that they are unpacked anew. (With
-    seven products left running sums of a step were wrong, in some blocks.)"""
-    compiled = compile_gemm("sm_90", name, dtype)
+def step_of_products(compiled):
+    """The lines of SASS of the loop around the products of wgmma, which all end before the step does.
+
+    wgmma reads weights from registers while it runs, and Triton does not see that they are unpacked anew. (With seven
+    products left running sums of a step were wrong, in some blocks.)
+    """
     lines = compiled.assembly.splitlines()
     labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
     products = [i for i, line in enumerate(lines) if " HGMMA" in line]
@@ -419,10 +410,56 @@ def test_no_product_runs_on_into_the_next_step(name, dtype):
     assert ends, "a loop around the products"
     last = max(i for i in products if i < ends[0])
     assert any(last < i < ends[0] for i in waits), "all products end before the step does"
-    assert "DEPBAR.LE gsb0, 0x0" in compiled.assembly and not re.search(r"gsb0, 0x[1-9]", compiled.assembly)
-    assert ("scaled" in name) == ("_int4_prefill_kernel" in compiled.name)
-    if "scaled" in name:  # unpacked and scaled within a thread, two weights at a time
-        assert not re.search(r" (SHFL|I2F|STS)\b", "\n".join(lines[: products[-1]]))
+    assert not re.search(r"gsb0, 0x[1-9]", compiled.assembly)
+    return lines[targets[ends[0]] : ends[0]]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("prefill") or name == "vocabulary-m16"])
+def test_no_product_runs_on_into_the_next_step(name):
+    step_of_products(compile_gemm("sm_90", name))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("group_size", "scales", "zeros", "unit", "splits", "dtype"),
+    [
+        (128, "*fp16", None, 128, 1, "bf16"),
+        (128, "*fp16", None, 128, 4, "fp16"),
+        (128, "*bf16", None, 128, 2, "bf16"),
+        (128, "*fp32", None, 128, 1, "bf16"),
+        (64, "*fp16", None, 128, 1, "bf16"),
+        (32, "*fp16", None, 128, 4, "bf16"),
+        (32, "*fp16", None, 64, 1, "bf16"),
+        (-1, "*fp16", None, 128, 1, "bf16"),
+        (128, "*fp16", "*i16", 128, 1, "bf16"),
+        (32, "*fp16", "*i16", 128, 4, "fp16"),
+        (128, "*fp16", "*fp16", 128, 1, "fp16"),
+        (128, "*fp16", "*fp32", 128, 1, "bf16"),
+        (32, "*fp16", "*fp32", 128, 1, "bf16"),
+        (32, "*fp16", "*fp32", 64, 4, "bf16"),
+        (-1, "*fp16", "*fp32", 128, 2, "bf16"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("block", int4_config.PREFILL_BLOCKS, ids=["tall", "few-warps", "half"])
+def test_weights_are_scaled_where_they_are_unpacked(block, group_size, scales, zeros, unit, splits, dtype):
+    """Within a thread, two weights at a time: in the loop nothing but the ring goes through shared memory, and two
+    blocks fit an SM of Hopper."""
+    config = dataclasses.replace(block, splits=splits)
+    launcher = triton_gemm._prefill_launcher(config, True, unit, group_size, aot.device_facts("sm_90"))
+    signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": scales, "z_ptr": zeros, "y_ptr": f"*{dtype}"}
+    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+    signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"} if splits > 1 else {}
+    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("M",))
+    step = step_of_products(compiled)
+    assert sum(" HGMMA" in line for line in step) == block.block_n // 64 // (block.num_warps // 4) * unit // 16
+    assert not [line for line in step if re.search(r" (STS|SHFL|I2F)\b", line)]
+    assert sum(" BAR" in line for line in step) == 2
+    # With zeros in float32, in small groups, a few moves to memory cost less than a block less on an SM.
+    assert sum(bool(re.search(r" (LDL|STL)\b", line)) for line in step) <= (2 if zeros and group_size == 32 else 0)
+    assert 2 * (compiled.shared_memory + aot.KIB) <= 228 * aot.KIB
+    assert 2 * compiled.registers * 32 * block.num_warps <= 65536
 
 
 def test_what_a_mask_leaves_out_is_a_number():
@@ -542,21 +579,38 @@ def test_many_rows_on_a_gpu(m, n, k, group_size, zeros, poisoned):
 
 @pytest.mark.gpu
 @every_kind_of_zeros
-@pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("group_size", [128, 32])
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(125, 28672, 2048), (125, 16384, 2048), (509, 28672, 2048), (250, 4096, 14336)], ids=str
+    ("dtype", "scale_dtype"),
+    [(torch.bfloat16, torch.float16), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32)],
+    ids=str,
 )
-def test_weights_scaled_before_the_product_on_a_gpu(m, n, k, dtype, scale_dtype, zeros, poisoned):
+@pytest.mark.parametrize(
+    ("block", "splits"),
+    [(int4_config.TALL, 1), (int4_config.FEW_WARPS, 1), (int4_config.FEW_WARPS, 4), (int4_config.HALF, 4)],
+    ids=["tall", "few-warps", "few-warps-splits", "half-splits"],
+)
+def test_weights_scaled_before_the_product_on_a_gpu(block, splits, dtype, scale_dtype, group_size, zeros, poisoned):
     """As exact as the product with weights that were dequantized, and the same bits in 100 launches."""
-    weight = quantized(torch.randn(n, k, device="cuda"), 128, zeros, scale_dtype=scale_dtype)
+    n, k, m = 8208, 2048, 253
+    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     x = torch.randn(m, k, device="cuda", dtype=dtype)
-    config = int4_config._prefill_config(m, n, k // 128, 1, zeros, device_facts(x.device)) or int4_config.TALL
-    args = weight.packed, weight.scales, weight.zeros, None, 128, n, config
+    args = weight.packed, weight.scales, weight.zeros, None, group_size, n, dataclasses.replace(block, splits=splits)
     y, oracle = triton_gemm.int4_gemm(x, *args), int4_gemm_ref(x, weight)
     error = lambda y: ((y.double() - oracle).norm() / oracle.norm()).item()  # noqa: E731
     assert error(y) <= 1.01 * error(x @ dequantize(weight, dtype).T)
     assert all(torch.equal(triton_gemm.int4_gemm(x, *args), y) for _ in range(100))
+
+
+@pytest.mark.gpu
+def test_blocks_that_scale_are_taken_for_large_weights():
+    facts = device_facts(torch.device("cuda"))
+    if facts.capability != (9, 0):
+        pytest.skip("weights are scaled before the product on Hopper only")
+    taken = {
+        type(int4_config.pick_config(m, n, 4096, 128, Zeros.NONE, facts)) for m in (128, 256) for n in (28672, 57344)
+    }
+    assert taken == {PrefillConfig}
 
 
 @pytest.mark.gpu

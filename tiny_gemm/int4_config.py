@@ -92,7 +92,7 @@ def groups_a_unit(group_size: int, k: int) -> int:
 
 
 def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> SplitConfig:
-    """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29: see docs/notes/int4-gemm.md; the --rows of
+    """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29 and 30: see docs/notes/int4-gemm.md; the --rows of
     benchmarks/sweep_int4_gemm.py do it again.
 
     Two kinds of blocks: narrow ones, of which three or four fit an SM, and wide ones, which read x half as often. The
@@ -127,7 +127,8 @@ PREFILL_BLOCKS = TALL, FEW_WARPS, HALF
 
 
 def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> PrefillConfig | None:
-    """Those blocks where they are faster than what else there is. Measured on an H200, 2026-11-30."""
+    """One of PREFILL_BLOCKS where it is faster than what else there is. Measured on an H200, 2026-11-30: the numbers
+    below are of the tables in docs/notes/int4-gemm.md."""
     if m <= 64 or not facts.is_nvidia or facts.capability != (9, 0):
         return None
     sms, small_groups, real_zeros = facts.sm_count, groups > 1, zeros is Zeros.REAL
@@ -141,19 +142,19 @@ def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts
     half_can_win = m > 128 if sums_cost_little else real_zeros or n * units >= 2**18
     if half_can_win and filled(half) > 1.2 * filled(config):
         config = half
-    elif not small_groups and filled(config) > 0.9 and _blocks(config, m, n) <= 4 * sms:
+    elif sums_cost_little and filled(config) > 0.9 and _blocks(config, m, n) <= 4 * sms:
         config = dataclasses.replace(FEW_WARPS, splits=config.splits)
     used = filled(config) * m / (128 * triton.cdiv(m, 128))  # of what the chip could do meanwhile
     if m <= _most_rows(groups, zeros):
         is_faster = used >= (0.45 if not sums_cost_little else 0.65 if m <= 128 else 0.8)
     else:  # in ns for a million weights: against writing them in 16 bits and multiplying those
         if config.block_n == HALF.block_n:
-            a_row = 5.8 if small_groups else 4.4
+            a_row = 8.0 if small_groups else 4.4
         elif small_groups:
-            a_row = 4.0 if real_zeros else 3.6 if config.splits == 1 else 4.2
+            a_row = 4.5 if real_zeros else 3.6 if config.splits == 1 else 4.2
         else:
-            a_row = 3.5 if real_zeros else 3.3
-        is_faster = a_row * m / used < 750 + 2.5 * m
+            a_row = 3.6 if real_zeros else 3.3
+        is_faster = a_row * m / used < max(1130 + 1.75 * m, 750 + 2.5 * m)
     return config if is_faster else None
 
 

@@ -814,16 +814,28 @@ def _int4_gemm_kernel(
 
 
 @triton.jit
+def _load_soon(ptr, offs):
+    """tl.load(ptr + offs), not fetched ahead: through shared memory numbers of 32 bits would take the place of a second
+    block on an SM. Of 16 bits the pipeline takes none."""
+    if ptr.dtype.element_ty.primitive_bitwidth == 32:
+        halves = ptr.to(tl.pointer_type(tl.uint16)) + offs * 2
+        bits = tl.load(halves).to(tl.uint32) | (tl.load(halves + 1).to(tl.uint32) << 16)
+        return bits.to(ptr.dtype.element_ty, bitcast=True)
+    else:
+        return tl.load(ptr + offs)
+
+
+@triton.jit
 def _load_of_rows(ptr, s_rows, group, GROUP_SIZE: tl.constexpr):
     """The scales, or zeros, of a group: [BLOCK_N]; s_rows as in _scaled_plane."""
     first, second = s_rows
     if GROUP_SIZE != -1:
         first = (first + group // 2 * 16) * 2 + group % 2
-    found = tl.load(ptr + first)
+    found = _load_soon(ptr, first)
     if second is not None:
         if GROUP_SIZE != -1:
             second = (second + group // 2 * 16) * 2 + group % 2
-        found = tl.join(found, tl.load(ptr + second)).permute(1, 0).reshape(2 * first.shape[0])
+        found = tl.join(found, _load_soon(ptr, second)).permute(1, 0).reshape(2 * first.shape[0])
     return found
 
 
@@ -918,7 +930,7 @@ def _int4_prefill_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLITS: tl.constexpr,
-    IN_HALVES: tl.constexpr,  # a load of scales: by one of an element a thread Triton brings them through shared memory
+    IN_HALVES: tl.constexpr,  # scales are loaded by two loads: see _prefill_launcher
     WHOLE_UNITS: tl.constexpr,  # K ends with a unit
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -942,7 +954,7 @@ def _int4_prefill_kernel(
     offs_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, 2 * COLS)
     pairs = tl.cdiv(K, 2 * GROUP_SIZE)  # unused per channel
-    w_rows, all_rows = _row_offsets(offs_n, N, units, pairs, COLS, GROUP_SIZE)
+    w_rows, s_rows = _row_offsets(offs_n, N, units, pairs, COLS, GROUP_SIZE)
     w_ptrs = w_ptr + w_rows[:, None] + tl.arange(0, COLS)[None, :]  # [BLOCK_N, COLS]
     if IN_HALVES:
         half_n = block_n * BLOCK_N + tl.arange(0, BLOCK_N // 2)
@@ -950,7 +962,7 @@ def _int4_prefill_kernel(
         _, second_half = _row_offsets(half_n + BLOCK_N // 2, N, units, pairs, COLS, GROUP_SIZE)
         s_rows = first_half, second_half
     else:
-        s_rows = all_rows, None
+        s_rows = s_rows, None
     # In place of rows past M the first ones, which needs no mask (one row many times takes half as long again).
     rows = tl.where(offs_m < M, offs_m, tl.minimum(offs_m - M, M - 1)).to(tl.int64)
     x_ptrs = x_ptr + rows[None, :] * stride_xm + offs_k[:, None]  # [2 * COLS, BLOCK_M]
@@ -1012,10 +1024,10 @@ def _dequantize_kernel(
         else:
             group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
             s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
-        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32)
+        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
         if z_ptr is not None:
-            w -= (tl.load(z_ptr + s_offs).to(tl.float32) - 8.0) * (1.0 / UNPACKED)
-        w *= tl.load(s_ptr + s_offs).to(tl.float32) * UNPACKED
+            w = w + 8.0 - tl.load(z_ptr + s_offs).to(tl.float32)
+        w *= tl.load(s_ptr + s_offs).to(tl.float32)
         k = unit * UNIT + plane * COLS + col
         n = row_tile * 16 + row
         tl.store(y_ptr + n * K + k, w.to(y_ptr.dtype.element_ty), mask=(n < N) & (k < K))
@@ -1143,9 +1155,12 @@ def _split_launcher(config: SplitConfig, unit: int, group_size: int, facts: Devi
 def _prefill_launcher(
     config: PrefillConfig, whole_units: bool, unit: int, group_size: int, facts: DeviceFacts
 ) -> Launcher:
+    # A load of fewer elements than there are threads Triton repeats where they are needed; what a larger one loads goes
+    # through shared memory, with a barrier in each step.
+    in_halves = config.block_n >= 32 * config.num_warps
     return Launcher(
         _int4_prefill_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits,
-        IN_HALVES=config.block_n >= 32 * config.num_warps, WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size,
+        IN_HALVES=in_halves, WHOLE_UNITS=whole_units, UNIT=unit, GROUP_SIZE=group_size,
         STAGES=config.stages, USE_ASM=facts.is_nvidia,
         num_warps=config.num_warps, maxnreg=config.max_registers, **pdl_options(facts),
     )  # fmt: skip
@@ -1230,7 +1245,7 @@ def dequantize_weight(
 def _dequantize_launcher(unit: int, group_size: int, facts: DeviceFacts) -> Launcher:
     return Launcher(
         _dequantize_kernel, UNIT=unit, GROUP_SIZE=group_size, BLOCK_UNITS=DEQUANTIZE_K // unit, USE_ASM=facts.is_nvidia,
-        num_warps=4 if facts.is_nvidia else 2,
+        num_warps=4 if facts.is_nvidia else 2,  # 128 threads
     )  # fmt: skip
 
 
