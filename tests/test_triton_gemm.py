@@ -577,6 +577,11 @@ def test_many_rows_on_a_gpu(m, n, k, group_size, zeros, poisoned):
     assert all(torch.equal(y, ys[0][0]) for y, _ in ys)
 
 
+def needs_hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("weights are scaled before the product on Hopper only")
+
+
 @pytest.mark.gpu
 @every_kind_of_zeros
 @pytest.mark.parametrize("group_size", [128, 32])
@@ -592,6 +597,7 @@ def test_many_rows_on_a_gpu(m, n, k, group_size, zeros, poisoned):
 )
 def test_weights_scaled_before_the_product_on_a_gpu(block, splits, dtype, scale_dtype, group_size, zeros, poisoned):
     """As exact as the product with weights that were dequantized, and the same bits in 100 launches."""
+    needs_hopper()
     n, k, m = 8208, 2048, 253
     weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     x = torch.randn(m, k, device="cuda", dtype=dtype)
@@ -604,9 +610,8 @@ def test_weights_scaled_before_the_product_on_a_gpu(block, splits, dtype, scale_
 
 @pytest.mark.gpu
 def test_blocks_that_scale_are_taken_for_large_weights():
+    needs_hopper()
     facts = device_facts(torch.device("cuda"))
-    if facts.capability != (9, 0):
-        pytest.skip("weights are scaled before the product on Hopper only")
     taken = {
         type(int4_config.pick_config(m, n, 4096, 128, Zeros.NONE, facts)) for m in (128, 256) for n in (28672, 57344)
     }
