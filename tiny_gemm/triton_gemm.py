@@ -814,9 +814,15 @@ def _int4_gemm_kernel(
 
 
 @triton.jit
-def _load_soon(ptr, offs):
-    """tl.load(ptr + offs), not fetched ahead: through shared memory numbers of 32 bits would take the place of a second
-    block on an SM. Of 16 bits the pipeline takes none."""
+def _load_of_group(ptr, rows, group, GROUP_SIZE: tl.constexpr):
+    """The scales, or zeros, of a group, for offsets of the first pair of each row, per channel of its scale.
+
+    They are not fetched ahead: in shared memory numbers of 32 bits would take the place of a second block on an SM. So
+    these come as two of 16 bits, of which the pipeline takes none.
+    """
+    offs = rows
+    if GROUP_SIZE != -1:
+        offs = (rows + group // 2 * 16) * 2 + group % 2
     if ptr.dtype.element_ty.primitive_bitwidth == 32:
         halves = ptr.to(tl.pointer_type(tl.uint16)) + offs * 2
         bits = tl.load(halves).to(tl.uint32) | (tl.load(halves + 1).to(tl.uint32) << 16)
@@ -827,15 +833,12 @@ def _load_soon(ptr, offs):
 
 @triton.jit
 def _load_of_rows(ptr, s_rows, group, GROUP_SIZE: tl.constexpr):
-    """The scales, or zeros, of a group: [BLOCK_N]; s_rows as in _scaled_plane."""
+    """What _load_of_group gives for all rows of a block: [BLOCK_N]; s_rows as in _scaled_plane."""
     first, second = s_rows
-    if GROUP_SIZE != -1:
-        first = (first + group // 2 * 16) * 2 + group % 2
-    found = _load_soon(ptr, first)
+    found = _load_of_group(ptr, first, group, GROUP_SIZE)
     if second is not None:
-        if GROUP_SIZE != -1:
-            second = (second + group // 2 * 16) * 2 + group % 2
-        found = tl.join(found, _load_soon(ptr, second)).permute(1, 0).reshape(2 * first.shape[0])
+        both = tl.join(found, _load_of_group(ptr, second, group, GROUP_SIZE))
+        found = both.permute(1, 0).reshape(2 * first.shape[0])
     return found
 
 
