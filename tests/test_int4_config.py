@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import aot
 import pytest
@@ -9,8 +10,12 @@ from int4_weights import every_kind_of_zeros
 
 from tiny_gemm.device import DeviceFacts
 from tiny_gemm.int4_config import (
+    FEW_WARPS,
+    HALF,
+    TALL,
     DecodeConfig,
     PrefillConfig,
+    SplitConfig,
     Zeros,
     dequantizes,
     pick_config,
@@ -77,6 +82,31 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
                     assert c.splits * 4 <= -(-k // unit_k(k)) and blocks * c.splits <= 4 * facts.sm_count
                 if isinstance(c, PrefillConfig):
                     assert facts is H100 and m > 64
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "zeros", "block", "splits"),
+    [
+        (128, 28672, 4096, 128, Zeros.NONE, TALL, 1),
+        (512, 28672, 4096, 128, Zeros.NONE, TALL, 1),
+        (128, 28672, 4096, 32, Zeros.INTEGER, TALL, 1),
+        (128, 28672, 4096, 32, Zeros.REAL, TALL, 1),
+        (128, 28672, 4096, -1, Zeros.REAL, TALL, 1),
+        (256, 28672, 4096, -1, Zeros.NONE, TALL, 1),
+        (256, 49152, 576, 32, Zeros.NONE, TALL, 1),
+        (512, 4096, 14336, 128, Zeros.NONE, FEW_WARPS, 2),
+        (256, 4096, 14336, 128, Zeros.INTEGER, FEW_WARPS, 4),
+        (512, 16384, 2048, 128, Zeros.NONE, FEW_WARPS, 1),
+        (256, 2048, 8192, 128, Zeros.NONE, HALF, 4),
+        (128, 4096, 4096, 128, Zeros.REAL, HALF, 4),
+        (128, 14336, 4096, 32, Zeros.NONE, HALF, 1),
+    ],
+    ids=str,
+)
+def test_weights_are_scaled_first_where_that_was_faster(m, n, k, group_size, zeros, block, splits):
+    assert pick_config(m, n, k, group_size, zeros, H100) == replace(block, splits=splits)
+    assert not dequantizes(m, n, k, group_size, zeros, H100)
+    assert type(pick_config(m, n, k, group_size, zeros, SMALL_CHIP)) is SplitConfig
 
 
 @every_kind_of_zeros
