@@ -15,6 +15,7 @@ from tiny_gemm import device as device_module
 from tiny_gemm import ops
 from tiny_gemm.reference import decode_attention_ref, rotate_half
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
+from tiny_gemm.triton_fused_transformer import decode_work
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
 HALF = [torch.bfloat16, torch.float16]
@@ -278,12 +279,13 @@ on_kernels = pytest.mark.parametrize(
 )
 
 
-def check_turns(monkeypatch, device, call):
-    """call() gives tensors of the same bits, however many blocks do six splits, and the counters are zero behind it."""
+def check_turns(monkeypatch, device, pairs, call):
+    """call() gives tensors of the same bits, however many blocks do up to six splits of each of `pairs` pairs of a
+    sequence and a KV head, and the counters are zero behind it."""
     config = DecodeAttentionConfig(6, num_warps=4 if device == "cuda" else 1, tiles=1)
     monkeypatch.setattr(decode, "pick_config", lambda *_: config)
     results = []
-    for blocks in (6, 4, 3, 2, 1):
+    for blocks in (6 * pairs, 6 * pairs - 1, 3 * pairs + 3, 2 * pairs, pairs + 3, pairs):
         monkeypatch.setattr(decode, "blocks_of", lambda *_, blocks=blocks: blocks)
         results.append(call())
     for result in results[1:]:
@@ -304,8 +306,55 @@ def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device
         lse = torch.empty(5, 8, device=device)
         return *run(decode.decode_attention, inputs, lse=lse, **arguments), lse
 
-    check_turns(monkeypatch, device, call)
+    check_turns(monkeypatch, device, 2 * 5, call)
     check_against_oracle(decode.decode_attention, inputs, **arguments)
+
+
+@triton.jit
+def _splits_kernel(
+    lengths_ptr,
+    out_ptr,  # [blocks, 5] int32
+    B,
+    Lmax,
+    KV_HEADS: tl.constexpr,
+    STEP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    lengths = decode_work.read_lengths(lengths_ptr, B, BLOCK_B)
+    found = decode_work.splits_of_block(lengths, Lmax, B, KV_HEADS, STEP, WINDOW, NUM_SPLITS, BLOCK_B)
+    for i in tl.static_range(5):
+        tl.store(out_ptr + tl.program_id(0) * 5 + i, found[i].to(tl.int32))
+
+
+@on_kernels
+@pytest.mark.parametrize("window", [0, 90])
+@pytest.mark.parametrize("batch", [1, 7, 32, 33])
+def test_each_split_is_of_one_block(device, batch, window):
+    """Also that no fewer turns would do, and that blocks without work know it."""
+    kv_heads, step, num_splits, Lmax = 3, 16, 12, 500
+    lengths = torch.randint(-5, Lmax + 5, (batch,), generator=torch.Generator().manual_seed(batch), dtype=torch.int32)
+    attended = (lengths.clamp(0, Lmax - 1) + 1).tolist()
+    begins = [max(n - window, 0) if window else 0 for n in attended]
+    splits = [min(-(-n // step) - begin // step, num_splits) for n, begin in zip(attended, begins, strict=True)]
+    fewest, most = batch * kv_heads, sum(splits) * kv_heads
+    for blocks in sorted({fewest, fewest + 1, (fewest + most) // 2, most - 1, most, most + 9} - set(range(fewest))):
+        out = torch.empty(blocks, 5, dtype=torch.int32, device=device)
+        block_b = max(32, triton.next_power_of_2(batch))
+        _splits_kernel[(blocks,)](
+            lengths.to(device), out, batch, Lmax, kv_heads, step, window, num_splits, block_b, num_warps=4
+        )
+        done = []
+        turns = 0
+        for b, head, first, apart, length in out.tolist():
+            assert length == max(int(lengths[b]), 0)
+            mine = [(b, head, split) for split in range(first, splits[b], apart)]
+            assert mine or first == num_splits
+            done += mine
+            turns = max(turns, len(mine))
+        assert sorted(done) == [(b, h, s) for b in range(batch) for h in range(kv_heads) for s in range(splits[b])]
+        assert turns == 1 or kv_heads * sum(-(-n // (turns - 1)) for n in splits) > blocks
 
 
 @pytest.mark.interp
@@ -327,7 +376,7 @@ def test_any_order_of_arrival_gives_the_same_bits(poisoned, monkeypatch, case):
             assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
     with interpreter.threaded():
         assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
-    monkeypatch.setattr(decode, "blocks_of", lambda *_: 2)
+    monkeypatch.setattr(decode, "blocks_of", lambda *_: 2 * len(case.lengths) * case.kv_heads)
     for seed in range(2):
         with interpreter.shuffled(seed):
             assert torch.equal(run(decode.decode_attention, inputs)[0], expected)
@@ -382,15 +431,19 @@ def _write_late_kernel(lengths_ptr, length):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("others", [(), (100, 1024, 0, 700, 1, 333, 64)], ids=["alone", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("before, after", [(3, 900), (900, 3), (500, 501), (1023, 1024)])
-def test_a_length_written_while_the_kernel_starts_is_seen(before, after, dtype):
-    """Under programmatic dependent launch the kernel reads the length before the one that writes it has ended."""
-    inputs = make_inputs(Case(8, 2, 1024, (after,), D=128), dtype, "cuda")
+def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, after, dtype, others):
+    """Under programmatic dependent launch the kernel reads the length before the one that writes it has ended; where
+    blocks take splits in turn, that moves the others' too."""
+    inputs = make_inputs(Case(8, 2, 1024, (after, *others), D=128), dtype, "cuda")
     expected = run(ops.decode_attention, inputs)
+    if others:
+        monkeypatch.setattr(decode, "blocks_of", lambda *_: 50)
     lengths = inputs[5]
     for _ in range(3):
-        lengths.fill_(before)
+        lengths[0] = before
         late = clone_caches(inputs)
         torch.cuda.synchronize()
         _write_late_kernel[(1,)](lengths, after, num_warps=1, launch_pdl=True)
@@ -423,16 +476,17 @@ WITH = {  # window, softcap; the optional pointers that are there
 def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, 4096, 128, 2, facts)
-    launcher = decode._launcher(config, True, 128, True, 64, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
+    block_b = 32 if facts.is_nvidia else 0  # as blocks_of says
+    launcher = decode._launcher(config, block_b, 128, True, 64, 8, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
     signature = signature_of(launcher, **NO_POINTERS | pointers)
-    aot.check(aot.compile_launch(launcher, target, signature, unaligned=("Lmax",)))
+    aot.check(aot.compile_launch(launcher, target, signature, unaligned=("B", "Lmax")))
 
 
 NO_POINTERS = dict.fromkeys(("kv_scale_ptr", "lse_ptr", "sinks_ptr", "q_norm_ptr", "k_norm_ptr"))
 
 
 def signature_of(launcher, **more):
-    known = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "Lmax": "i32", "scale_log2": "fp32"} | more
+    known = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "B": "i32", "Lmax": "i32", "scale_log2": "fp32"} | more
     known |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
     names = [name for name in launcher.kernel.arg_names if name not in launcher.meta]
     return {name: known.get(name, "i32" if name.startswith("stride_") else "*bf16") for name in names}
@@ -443,9 +497,9 @@ def signature_of(launcher, **more):
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, False, D, True, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, 0, D, True, D // 2, kv_heads, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
-    compiled = aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
+    compiled = aot.compile_launch(launcher, target, signature, unaligned=("B", "Lmax"))
     aot.check(compiled, may_spill=D == 256 or group > 16)
     assert compiled.spills < 1000
     if target.startswith("sm_"):
@@ -468,31 +522,39 @@ def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
     """Triton takes shared memory to bring what it loads into order; none is declared beside it."""
     facts = aot.device_facts("sm_90")
     config = decode.pick_config(8, group, 4096, D, 2, facts)
-    launcher = decode._launcher(config, False, D, False, D // 2, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, 0, D, False, D // 2, 8, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
-    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("Lmax", unaligned))
+    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax", unaligned))
     aot.check(compiled, vector_loads=False, may_spill=True)
     assert compiled.static_shared_memory == 0
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize("D, Lmax", [(64, 2048), (128, 2048), (128, 32768)])
-@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("D, Lmax", [(64, 512), (64, 2048), (64, 8192), (128, 512), (128, 2048), (128, 32768)])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"])
 def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, Lmax, D, 2, facts)
-    launcher = decode._launcher.__wrapped__(config, True, D, True, D // 2, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
-    compiled = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("Lmax",))
+    launcher = decode._launcher.__wrapped__(config, 32, D, True, D // 2, 8, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    compiled = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("B", "Lmax"))
     aot.check(compiled)
     if target == "sm_90":
+        check_room(compiled, config, 4, D, 2)
         over_splits = next(body for body in loops(compiled.assembly) if any("BAR.SYNC" in line for line in body))
         before_meeting = "\n".join(over_splits).partition("BAR.SYNC")[0].rpartition(" BRA ")[2]
         assert before_meeting.count(" LDG.E.128") == 8 * config.tiles * D // 64, "the next split's first tile"
         check_arrival(compiled.assembly)
         launcher.meta.pop("enable_fp_fusion")
-        fused = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("Lmax",))
+        fused = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("B", "Lmax"))
         ours, more = (c.assembly.count(" FFMA ") for c in (compiled, fused))
         assert ours < more, "ptxas fuses where it can, which is not in all copies of one piece of code"
+
+
+def check_room(compiled, config, group, D, itemsize):
+    """As many blocks fit an SM as blocks_of thinks."""
+    in_registers = 65536 // (-(-compiled.registers // 8) * 8 * 32 * config.num_warps)
+    in_shared = 228 * 1024 // (compiled.shared_memory + compiled.static_shared_memory + 1024)
+    assert decode.blocks_per_sm(config, group, D, itemsize) <= min(in_registers, in_shared)
 
 
 def loops(sass: str) -> list[list[str]]:
@@ -534,17 +596,17 @@ def test_config_has_no_batch_and_fits():
 def test_blocks_take_turns_only_where_not_all_fit():
     facts = aot.device_facts("sm_90")
 
-    def blocks(batch, Lmax, D=128, itemsize=2):
+    def blocks(batch, Lmax, D=128, itemsize=2, aligned=True):
+        """(how many, splits)"""
         config = decode.pick_config(8, 4, Lmax, D, itemsize, facts)
-        return decode.blocks_of(config, 8 * batch, 4, D, itemsize, True, facts), config.num_splits
+        found = decode.blocks_of(config, 8 * batch, 4, D, itemsize, aligned, facts)
+        return found, 8 * batch * config.num_splits
 
-    assert blocks(1, 32768) == (32, 32)
-    assert blocks(2, 2048) == (16, 16)
-    assert blocks(4, 2048) == (8, 16)
-    assert blocks(64, 2048) == (8, 16)
-    assert blocks(8, 512, D=64) == (4, 4), "more than two blocks fit an SM"
-    assert blocks(8, 8192, itemsize=1) == (8, 16)
-    assert blocks(64, 100) == (1, 1)
-    assert blocks(64, 2048, itemsize=4) == (16, 16), "its warps meet through Triton's shared memory"
-    config = decode.pick_config(8, 4, 2048, 128, 2, facts)
-    assert decode.blocks_of(config, 512, 4, 128, 2, False, facts) == 16, "likewise"
+    for alone in (blocks(1, 32768), blocks(2, 2048), blocks(8, 512, D=64), blocks(64, 100)):
+        assert alone[0] == alone[1]
+    assert blocks(4, 2048) == (2 * 132, 512)
+    assert blocks(16, 2048) == (2 * 132, 2048)
+    assert blocks(64, 2048) == (64 * 8 * 8, 64 * 8 * 16), "two splits each, where a pair would have one block"
+    assert blocks(8, 8192, itemsize=1) == (2 * 132, 1024)
+    for alone in (blocks(64, 2048, itemsize=4), blocks(64, 2048, aligned=False)):
+        assert alone[0] == alone[1], "their warps meet through Triton's shared memory"

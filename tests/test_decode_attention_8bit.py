@@ -16,6 +16,7 @@ from test_decode_attention import (
     _write_late_kernel,
     check_arrival,
     check_loop,
+    check_room,
     check_turns,
     clone_caches,
     implementation,  # noqa: F401
@@ -200,7 +201,7 @@ def test_row_alone_has_the_bits_of_the_batch(implementation, cache):  # noqa: F8
 def test_blocks_that_take_turns_give_the_same_bits(poisoned, monkeypatch, device, cache):
     case = Case(8, 2, 1000, (999, 0, 63, 64, 500), D=128)
     inputs, kv_scale = quantized(make_inputs(case, torch.bfloat16, device), cache)
-    check_turns(monkeypatch, device, lambda: bits(*run(decode.decode_attention, inputs, kv_scale)))
+    check_turns(monkeypatch, device, 2 * 5, lambda: bits(*run(decode.decode_attention, inputs, kv_scale)))
     check_against_oracle(decode.decode_attention, inputs, kv_scale)
 
 
@@ -419,18 +420,37 @@ def test_compiles_for(target, D, kv_heads, group, Lmax, cache):
 @pytest.mark.parametrize("window, softcap, pointers", WITH.values(), ids=WITH.keys())
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_with(target, window, softcap, pointers, cache):
-    aot.check(compile_for(target, 128, 8, 4, 4096, cache, window, softcap, in_turns=True, **pointers))
+    block_b = 32 if target.startswith("sm_") else 0  # as blocks_of says
+    aot.check(compile_for(target, 128, 8, 4, 4096, cache, window, softcap, block_b, **pointers))
 
 
-def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, in_turns=False, **pointers):
+@pytest.mark.aot
+@pytest.mark.parametrize("cache", ["int8", "e4m3"])
+@pytest.mark.parametrize("D, Lmax", [(64, 512), (64, 8192), (128, 2048), (128, 32768)])
+def test_compiles_for_blocks_that_take_turns(D, Lmax, cache):
+    compiled = compile_for("sm_90", D, 8, 4, Lmax, cache, block_b=32)
+    aot.check(compiled)
+    check_room(compiled, decode.pick_config(8, 4, Lmax, D, 1, aot.device_facts("sm_90")), 4, D, 1)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("cache", ["int8", "e4m3"])
+@pytest.mark.parametrize("D, Lmax", [(64, 60), (64, 8192), (128, 2048)])
+def test_compiles_for_float32_queries(D, Lmax, cache):
+    """Another order of the first loads makes Triton 3.6 write invalid IR here."""
+    queries = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), "*fp32")
+    aot.check(compile_for("sm_90", D, 8, 4, Lmax, cache, **queries))
+
+
+def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, block_b=0, **pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
     launcher = decode._launcher(
-        config, in_turns, D, True, D // 2, group, D, CACHES[cache], window, softcap, 1e-6, facts
+        config, block_b, D, True, D // 2, kv_heads, group, D, CACHES[cache], window, softcap, 1e-6, facts
     )
     caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
     signature = signature_of(launcher, **NO_POINTERS | caches | pointers)
-    return aot.compile_launch(launcher, target, signature, unaligned=("Lmax",))
+    return aot.compile_launch(launcher, target, signature, unaligned=("B", "Lmax"))
 
 
 def test_config_of_8_bits():

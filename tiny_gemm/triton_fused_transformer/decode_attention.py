@@ -6,12 +6,12 @@
 
 Flash-decoding (Dao et al., 2023). The tokens of a sequence are cut into tiles, 16 * TILES tokens for each of a block's
 WARPS warps; up to NUM_SPLITS splits take the tiles in turn, from the last to the first. A block does one split of one
-KV head, or, in batches that do not fit on the chip at once, two one after the other; the query heads of a group
-(G = Hq / Hkv) share what it reads. K and V go from global memory straight into the registers from which the tensor core
-reads them, 16 bytes a thread, with no shared memory in between (decode_tiles.py says how, and what differs over a cache
-of 8 bits). Every warp keeps a softmax of its own, so that no warp waits for another before the end of a split, where
-they meet once. At these sizes instructions are time: a block lives for a few microseconds, with one or two warps for
-each scheduler.
+KV head, or, where not all fit on the chip at once, several one after the other (decode_work.py says which); the query
+heads of a group (G = Hq / Hkv) share what it reads. K and V go from global memory straight into the registers from
+which the tensor core reads them, 16 bytes a thread, with no shared memory in between (decode_tiles.py says how, and
+what differs over a cache of 8 bits). Every warp keeps a softmax of its own, so that no warp waits for another before
+the end of a split, where they meet once. At these sizes instructions are time: a block lives for a few microseconds,
+with one or two warps for each scheduler.
 
 Where the splits lie depends on the sequence's own length, on Lmax and on the chip, never on the batch, and partial
 results are added in a fixed order: a row has the same bits alone and in any batch, by whichever block and loop a split
@@ -22,9 +22,9 @@ again. Nobody waits for anybody.
 The first split has the last tile, and with it the new token: it uses k and v from its registers, rounded as the cache
 rounds them, and stores them; nobody reads that position.
 
-With programmatic dependent launch a block reads its sequence's length, and asks L2 for its first tile, while the kernel
-before it still runs. That length may be out of date: once that kernel has ended it is read again, together with
-everything else, and if the two differ the first tile is done once more.
+With programmatic dependent launch a block reads the lengths, finds what it has to do, and asks L2 for its first tile,
+while the kernel before it still runs. Lengths may be out of date: once that kernel has ended they are read again,
+together with everything else, and if they differ the block begins once more.
 """
 
 from dataclasses import dataclass
@@ -40,29 +40,36 @@ from tiny_gemm.launcher import Launcher
 from tiny_gemm.triton_fused_transformer.decode_parts import (
     EXCHANGE_WORDS,
     decode_attention_cost,
-    early_length,
     exchange_buffer,
     exchange_words,
     finish,
-    first_tile,
     insert,
     load_pairs,
     load_vectors,
     norm_pairs,
-    num_splits,
+    partial_floats,
     prefetch_row,
     rope_row,
     rotate,
     start_softmax,
     store_partial,
-    window_begin,
 )
 from tiny_gemm.triton_fused_transformer.decode_tiles import (
     attend,
     load_tile,
     quantize_token,
     queries_operand,
-    split_queries,
+    tile_pointers,
+)
+from tiny_gemm.triton_fused_transformer.decode_work import (
+    differ,
+    first_tile,
+    num_splits,
+    read_lengths,
+    read_lengths_early,
+    splits_of_block,
+    tokens,
+    window_begin,
 )
 from tiny_gemm.triton_parts import pdl_options, prefetch_l2, wait_for_previous
 
@@ -71,17 +78,25 @@ MOST_SPLITS = 64  # of a sequence and KV head: the last block adds up what all h
 
 
 @triton.jit
-def _prefetch_tile(k_ptr, v_ptr, scale_ptr, start, rows, D: tl.constexpr):
-    """Asks L2 for `rows` tokens from `start` on, a multiple of 16, of one sequence and KV head."""
-    offs = tl.cast(start, tl.int64) * D
-    num_bytes = rows * (D * (k_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    prefetch_l2(k_ptr + offs, num_bytes)
-    prefetch_l2(v_ptr + offs, num_bytes)
+def _prefetch_tile(k_ptr, v_ptr, offs, scale_ptr, scale_offs, start, rows, D: tl.constexpr):
+    """Asks L2 for `rows` tokens from `start` on, a multiple of 16, of the sequence and KV head whose rows begin at
+    `offs`, if there are any and they lie where it takes them."""
+    k_ptr += offs
+    v_ptr += offs
+    is_aligned = (k_ptr.to(tl.int64) | v_ptr.to(tl.int64)) % 16 == 0
     if scale_ptr is not None:
-        prefetch_l2(scale_ptr + tl.cast(start, tl.int64) * 2, (rows + 1) // 2 * 16)
+        scale_ptr += scale_offs
+        is_aligned &= scale_ptr.to(tl.int64) % 16 == 0
+    if is_aligned & (rows > 0) & (start >= 0):
+        offs = tl.cast(start, tl.int64) * D
+        num_bytes = rows * (D * (k_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        prefetch_l2(k_ptr + offs, num_bytes)
+        prefetch_l2(v_ptr + offs, num_bytes)
+        if scale_ptr is not None:
+            prefetch_l2(scale_ptr + tl.cast(start, tl.int64) * 2, (rows + 1) // 2 * 16)
 
 
-@triton.jit(do_not_specialize=["Lmax"], launch_metadata=decode_attention_cost)
+@triton.jit(do_not_specialize=["B", "Lmax"], launch_metadata=decode_attention_cost)
 def _decode_attention_kernel(
     q_ptr,
     k_ptr,
@@ -95,7 +110,7 @@ def _decode_attention_kernel(
     q_norm_ptr,  # [D], or None
     k_norm_ptr,
     sinks_ptr,  # [Hq], or None
-    partial_ptr,  # see finish
+    partial_ptr,  # [B, Hkv] of what partial_floats says
     counter_ptr,  # [B, Hkv] int32, zero before and after
     out_ptr,  # [B, Hq, D]
     lse_ptr,  # [B, Hq] fp32, or None
@@ -107,17 +122,19 @@ def _decode_attention_kernel(
     stride_ch,
     stride_sb,  # of kv_scale
     stride_sh,
+    B,
     Lmax,
     scale_log2,  # scale * log2(e): the softmax is computed with exp2
     STRIDE: tl.constexpr,  # from one cached token to the next
     ROPE_HALF: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     EPS: tl.constexpr,  # of the norms
     SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
-    IN_TURNS: tl.constexpr,  # there are fewer blocks than splits
+    BLOCK_B: tl.constexpr,  # 0: a block for each split; else at least B, and blocks take splits in turn
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -134,27 +151,13 @@ def _decode_attention_kernel(
     IS_8_BIT: tl.constexpr = kv_scale_ptr is not None
     E_V: tl.constexpr = min(E, BLOCK_D // 8)
     PAIR_IN_THREAD: tl.constexpr = 2 * ROPE_HALF == BLOCK_D and ROPE_HALF % (4 * E) == 0
-    split = tl.program_id(0)
-    kv_head = tl.program_id(1).to(tl.int64)
-    batch = tl.program_id(2).to(tl.int64)
-    k_cache_ptr += batch * stride_cb + kv_head * stride_ch
-    v_cache_ptr += batch * stride_cb + kv_head * stride_ch
-    if IS_8_BIT:
-        kv_scale_ptr += batch * stride_sb + kv_head * stride_sh
-
-    length = early_length(lengths_ptr, batch, WARPS, PDL)
-    if PDL and STRIDE == D:
-        can_prefetch = (k_cache_ptr.to(tl.int64) | v_cache_ptr.to(tl.int64)) % 16 == 0
-        if IS_8_BIT:
-            can_prefetch &= kv_scale_ptr.to(tl.int64) % 16 == 0
-        start = first_tile(length, split, Lmax, STEP)
-        rows = tl.minimum(tl.minimum(length, Lmax) - start, STEP)
-        if can_prefetch & (rows > 0) & (start >= 0):
-            _prefetch_tile(k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, rows, D)
-        if q_norm_ptr is not None:
-            prefetch_row(q_norm_ptr, D)
-            prefetch_row(k_norm_ptr, D)
-    wait_for_previous(PDL)
+    if PDL and q_norm_ptr is not None:
+        prefetch_row(q_norm_ptr, D)
+        prefetch_row(k_norm_ptr, D)
+    if PDL:
+        lengths = read_lengths_early(lengths_ptr, B, BLOCK_B, WARPS)
+    else:
+        lengths = read_lengths(lengths_ptr, B, BLOCK_B)
 
     lane = tl.arange(0, 32)[:, None, None, None]
     warp = tl.arange(0, WARPS)[None, :, None, None]
@@ -164,73 +167,91 @@ def _decode_attention_kernel(
     if PAIR_IN_THREAD:  # the other half has the same angles
         d_rope = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (4 * E) + lane % 4 * E + warp * 0
     head = lane // 4 + 8 * tl.arange(0, BLOCK_G // 8)[None, None, :, None]
-    q_row = batch * stride_qb + (kv_head * G + head) * stride_qh
-    new_row = batch * stride_kb + kv_head * stride_kh + lane * 0
     q_scale = scale_log2
     if IS_8_BIT:
         q = tl.zeros([WARPS, 2 * BLOCK_G, BLOCK_D], tl.float16 if FP8 else tl.int8)
         q_scale = tl.zeros([WARPS, BLOCK_G], tl.float32)
+    elif E == 4:
+        q = tl.zeros([WARPS, BLOCK_G, BLOCK_D], CACHED)
     else:
-        q = tl.zeros([WARPS, max(16 if E == 8 else 8, BLOCK_G), BLOCK_D], CACHED)
+        q = tl.zeros([32, WARPS, BLOCK_G // 8, 2 if BLOCK_G == 8 else 1, BLOCK_D // 32, 4], tl.int32)
     top = tl.full([WARPS, BLOCK_G], float("-inf"), tl.float32)
     total = tl.zeros([WARPS, BLOCK_G], tl.float32)
     acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
 
-    read_early = -1
-    while read_early != length:  # once, or twice if `length` was read before its time
-        # What the first tile needs, all asked for before any of it is used.
+    batch, kv_head, split, blocks, length = tl.cast(0, tl.int64), tl.cast(0, tl.int64), 0, 1, 0
+    is_stale = tl.full([], 1, tl.int1)
+    while is_stale:  # once, or twice if a length was read before its time
+        batch, kv_head, split, blocks, length = splits_of_block(
+            lengths, Lmax, B, KV_HEADS, STEP, WINDOW, NUM_SPLITS, BLOCK_B
+        )
         start = first_tile(length, split, Lmax, STEP)
-        begin = window_begin(length, Lmax, WINDOW)
+        if PDL and STRIDE == D:
+            _prefetch_tile(
+                k_cache_ptr, v_cache_ptr, batch * stride_cb + kv_head * stride_ch,
+                kv_scale_ptr, batch * stride_sb + kv_head * stride_sh,
+                start, tl.minimum(tl.minimum(length, Lmax) - start, STEP), D,
+            )  # fmt: skip
+        at_k = k_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
+        at_v = v_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
+        at_scale = None
+        if IS_8_BIT:
+            at_scale = kv_scale_ptr + (batch * stride_sb + kv_head * stride_sh)
         there = tl.maximum(start, 0)  # a block without a tile loads another's, for nothing
         last = tl.maximum(tl.minimum(length, Lmax) - 1, 0) - there
-        k, even, odd, scales = load_tile(
-            k_cache_ptr, v_cache_ptr, kv_scale_ptr, there, last, STRIDE, D,
-            BLOCK_D, WARPS, TILES, E, E_V, False,
-        )  # fmt: skip
+        # Before the wait: behind it instructions are time, and ptxas asks for part of the tile when q has arrived.
+        pointers = tile_pointers(at_k, at_v, at_scale, there, last, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, False)
+        wait_for_previous(PDL)
+
+        # What the first tile needs, all asked for before any of it is used.
+        k, even, odd, scales = load_tile(pointers, IS_8_BIT, D, BLOCK_D, E, E_V, False)
+        q_row = batch * stride_qb + (kv_head * G + head) * stride_qh
         q_new, q_pair = load_pairs(q_ptr + q_row, d, (head < G) & (d < D), ROPE_HALF, PAIR_IN_THREAD, E)
+        new_row = batch * stride_kb + kv_head * stride_kh + lane * 0
         k_new, k_pair = load_pairs(k_ptr + new_row, d, (d < D) & (split == 0), ROPE_HALF, PAIR_IN_THREAD, E)
         v_new = load_vectors(v_ptr + new_row + d_v, (d_v < D) & (split == 0), E_V)
         cos = 1.0
         sin = 0.0
+        position = tl.minimum(length, Lmax - 1)
         if ROPE_HALF > 0:
-            position = tl.minimum(length, Lmax - 1)
-            cos = rope_row(cos_ptr, d_rope, position, ROPE_HALF, E)
-            sin = rope_row(sin_ptr, d_rope, position, ROPE_HALF, E)
-        read_early = length
+            cos = rope_row(cos_ptr, d_rope, position, ROPE_HALF, E, False)
+            sin = rope_row(sin_ptr, d_rope, position, ROPE_HALF, E, False)
+        now = lengths
         if PDL:
-            length = tl.maximum(tl.load(lengths_ptr + batch, cache_modifier=".cg"), 0)
-        if q_norm_ptr is not None:
-            q_new, q_pair = norm_pairs(q_new, q_pair, q_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
-        q_new = rotate(q_new, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
-        if IS_8_BIT:
-            q, q_scale = split_queries(q_new, FP8)
-            q_scale *= scale_log2
-        else:
-            q = queries_operand(q_new.to(CACHED), Lmax >> 31, USE_ASM)
+            now = read_lengths(lengths_ptr, B, BLOCK_B)
+        is_stale = differ(now, lengths, BLOCK_B)
+        lengths = now
+        q, q_scale = queries_operand(
+            q_new, q_pair, d, cos, sin, q_norm_ptr, scale_log2, D, EPS, ROPE_HALF, PAIR_IN_THREAD, CACHED, FP8, USE_ASM
+        )
+        begin = window_begin(length, Lmax, WINDOW)
         # over 8 bits as of a small value
         top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 90.0 if IS_8_BIT else 0.0)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
-        if (split == 0) & (read_early < Lmax):  # this block has the last tile, and the new token with it
+        if split == 0:  # this block has the last tile, and the new token with it
             k_rotated = k_new, k_pair
-            if k_norm_ptr is not None:  # here, as its weights would fill registers that the tile needs
+            if k_norm_ptr is not None:  # here, as weights and angles would fill registers that the tile needs
                 k_rotated = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+                if ROPE_HALF > 0:
+                    cos = rope_row(cos_ptr, d_rope, position, ROPE_HALF, E, True)
+                    sin = rope_row(sin_ptr, d_rope, position, ROPE_HALF, E, True)
             k_rotated = rotate(k_rotated[0], k_rotated[1], d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
             if IS_8_BIT:
                 k_token, v_token, scales_token = quantize_token(k_rotated, v_new, FP8, HAS_E4M3)
             else:
                 k_token, v_token = k_rotated.to(CACHED), v_new.to(CACHED)
-            if read_early == length:
+            if (length < Lmax) & (not is_stale):
                 cache_row = tl.cast(length, tl.int64)
-                at_k = k_cache_ptr + (cache_row * STRIDE + d)[:, :, :, :, None] + tl.arange(0, E)
-                tl.store(at_k, k_token, mask=((lane < 4) & (warp == 0) & (d < D))[:, :, :, :, None])
-                at_v = v_cache_ptr + (cache_row * STRIDE + d_v)[:, :, :, :, None] + tl.arange(0, E_V)
-                tl.store(at_v, v_token, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
+                to_k = at_k + (cache_row * STRIDE + d)[:, :, :, :, None] + tl.arange(0, E)
+                tl.store(to_k, k_token, mask=((lane < 4) & (warp == 0) & (d < D))[:, :, :, :, None])
+                to_v = at_v + (cache_row * STRIDE + d_v)[:, :, :, :, None] + tl.arange(0, E_V)
+                tl.store(to_v, v_token, mask=((lane % 4 == 0) & (warp == 0) & (d_v < D))[:, :, :, :, None])
                 if IS_8_BIT:
-                    at_scale = kv_scale_ptr + cache_row * 2 + tl.arange(0, 2) + (lane + warp) * 0
-                    tl.store(at_scale, scales_token, mask=(lane == 0) & (warp == 0))
+                    to_scale = at_scale + cache_row * 2 + tl.arange(0, 2) + (lane + warp) * 0
+                    tl.store(to_scale, scales_token, mask=(lane == 0) & (warp == 0))
             # Later tokens of the tile do not count, but what is multiplied by 0 must be a number: the new token's.
             eighth = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8
-            token, new = eighth + lane % 4 * 2, read_early - start
+            token, new = eighth + lane % 4 * 2, tl.minimum(length, Lmax) - start
             k = insert(k, k_token, (eighth + lane // 4 >= new)[:, :, :, :, None], USE_ASM)
             even = insert(even, v_token, (token >= new)[:, :, :, :, None], USE_ASM)
             odd = insert(odd, v_token, (token + 1 >= new)[:, :, :, :, None], USE_ASM)
@@ -238,12 +259,12 @@ def _decode_attention_kernel(
                 is_new = (token + tl.arange(0, 2) >= new)[:, :, :, :, None]
                 scales = tl.where(is_new, scales_token[:, :, :, None, :], scales)
             top, total, acc = attend(
-                q, q_scale, k, even, odd, scales, top, total, None, begin - start, read_early + 1 - start,
+                q, q_scale, k, even, odd, scales, top, total, None, begin - start, tokens(length, Lmax) - start,
                 SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
-        elif start >= 0:
+        elif start >= 0:  # all its tokens exist
             top, total, acc = attend(
-                q, q_scale, k, even, odd, scales, top, total, None, begin - start, Lmax - start,
+                q, q_scale, k, even, odd, scales, top, total, None, begin - start, STEP,
                 SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
 
@@ -251,32 +272,34 @@ def _decode_attention_kernel(
     splits = num_splits(length, Lmax, begin, STEP, NUM_SPLITS)
     if split >= splits:
         return
+    group = batch * KV_HEADS + kv_head
+    at_k = k_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
+    at_v = v_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
+    at_scale = None
+    if IS_8_BIT:
+        at_scale = kv_scale_ptr + (batch * stride_sb + kv_head * stride_sh)
     exchange = None
     if MERGE_IN_SHARED:
         exchange = exchange_buffer(WARPS, BLOCK_G, BLOCK_D, E_V)
     done = 1
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
     go_on = split < splits  # true, but a loop carries a tensor
-    while go_on:  # a split; only one if not IN_TURNS
+    while go_on:  # a split; only one if not BLOCK_B
         while start >= begin // STEP * STEP:  # from its second tile from the end to its first; all tokens exist
-            k, even, odd, scales = load_tile(
-                k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
-                BLOCK_D, WARPS, TILES, E, E_V, True,
-            )  # fmt: skip
+            pointers = tile_pointers(at_k, at_v, at_scale, start, STEP, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, True)
+            k, even, odd, scales = load_tile(pointers, IS_8_BIT, D, BLOCK_D, E, E_V, True)
             top, total, acc = attend(
                 q, q_scale, k, even, odd, scales, top, total, acc, begin - start, STEP,
                 SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
             start -= splits * STEP
-        go_on = IN_TURNS & (split + tl.num_programs(0) < splits)
+        go_on = (BLOCK_B > 0) & (split + blocks < splits)
         if go_on:
-            start = first_tile(length, split + tl.num_programs(0), Lmax, STEP)
-            k, even, odd, scales = load_tile(
-                k_cache_ptr, v_cache_ptr, kv_scale_ptr, start, STEP, STRIDE, D,
-                BLOCK_D, WARPS, TILES, E, E_V, True,
-            )  # fmt: skip
+            start = first_tile(length, split + blocks, Lmax, STEP)
+            pointers = tile_pointers(at_k, at_v, at_scale, start, STEP, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, True)
+            k, even, odd, scales = load_tile(pointers, IS_8_BIT, D, BLOCK_D, E, E_V, True)
             # While the next split's first tile is on its way, the warps meet over this one.
-            store_partial(top, total, acc, exchange, partial_ptr, batch, kv_head, split, G, NUM_SPLITS, E_V, USE_ASM)
+            store_partial(top, total, acc, exchange, partial_ptr, group, split, G, NUM_SPLITS, E_V, USE_ASM)
             tl.debug_barrier()  # what they met through is free again
             top, total = start_softmax(None, kv_head, split, G, WARPS, BLOCK_G, 0.0)
             top, total, acc = attend(
@@ -284,11 +307,11 @@ def _decode_attention_kernel(
                 SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
             )  # fmt: skip
             start -= splits * STEP
-            split += tl.num_programs(0)
+            split += blocks
             done += 1
 
     finish(
-        top, total, acc, exchange, partial_ptr, counter_ptr, out_ptr, lse_ptr, batch, kv_head, split, splits, done,
+        top, total, acc, exchange, partial_ptr, counter_ptr, out_ptr, lse_ptr, group, split, splits, done,
         G, D, NUM_SPLITS, E_V, USE_ASM,
     )  # fmt: skip
 
@@ -307,9 +330,9 @@ def pick_config(
     """Up to one or two splits an SM at batch 1. The batch must not be asked: a row has the same bits in every batch.
     max_length is the cache's, or the window if that is less.
 
-    Swept on an H200, 2026-11-29 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again): 32 query
-    and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, and 9 and 3 of size 64, 512 to 8,192; batch 1 and 8, caches
-    of 16 and 8 bits. Other chips, head sizes and numbers of heads take after it.
+    Swept on an H200, 2026-11-29 and 30 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again):
+    32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batches of 1 to 8, caches of 16 and 8 bits; the
+    day before also 9 and 3 heads of size 64. Other chips, head sizes and numbers of heads take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
@@ -319,16 +342,20 @@ def pick_config(
     elif itemsize == 1:
         tiles = 4 if block_d <= 64 and max_length > 512 else 2
         splits *= 2 if max_length > 16384 else 1
+    elif block_d > 64:
+        if max_length >= 256 * splits:
+            num_warps, tiles = 8, 1
+        elif max_length > 4096:
+            splits *= 2
+        elif 128 < max_length <= 32 * splits:
+            tiles = 1
     elif max_length > 4096:
         splits *= 2
-        if block_d > 64:
-            tiles = 2 if max_length <= 16384 else 1
-        else:
-            tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
-    elif block_d > 64 and 128 < max_length <= 32 * splits:
-        tiles = 1
-    elif block_d <= 64 and max_length > 1024 and max_length >= 128 * splits:
+        tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
+    elif max_length > 1024 and max_length >= 128 * splits:
         tiles = 4
+    elif 512 < max_length <= min(1024, 64 * splits):
+        tiles = 1
     if not device.is_nvidia or group > 8:  # more rows of queries fill registers
         tiles = min(tiles, 1 if itemsize == 1 else 2)
     if group > 16:
@@ -354,41 +381,43 @@ def _meets_in_shared(
     return device.is_nvidia and aligned and itemsize <= 2 and fits
 
 
+def blocks_per_sm(config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int) -> int:
+    """How many fit an SM at once, by their registers."""
+    of_4_warps = 2
+    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2 and group <= 8:
+        of_4_warps = 5 - config.tiles
+    return of_4_warps * 4 // config.num_warps
+
+
 @cache
 def blocks_of(
     config: DecodeAttentionConfig, heads: int, group: int, head_dim: int, itemsize: int, aligned: bool,
     device: DeviceFacts,
 ) -> int:  # fmt: skip
-    """How many blocks do the splits of each of `heads` pairs of a sequence and a KV head: one each where the chip has
-    room for all at once, else half as many. The bits are the same.
+    """How many blocks do the splits of `heads` full pairs of a sequence and a KV head: one each where all have room on
+    the chip at once; else as many as have room, if that is two for a pair, and half as many as splits if it is not. The
+    bits are the same.
 
     A block that goes on is faster than another that begins: its next loads are on their way while its warps meet. (Not
-    where they would meet through Triton's shared memory: that takes twice as much then.) With four splits a block,
-    batches of one length gain some per cent more, but with fewer blocks the longest sequence of a batch is waited for.
+    where they would meet through Triton's shared memory: that takes twice as much then.)
     """
+    splits = config.num_splits * heads
     if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device):
-        return config.num_splits
-    per_sm = 2  # blocks of 4 warps, by their registers
-    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2 and group <= 8:
-        per_sm = 5 - config.tiles
-    fits = config.num_splits * heads <= per_sm * 4 // config.num_warps * device.sm_count
-    return config.num_splits if fits else triton.cdiv(config.num_splits, 2)
-
-
-@cache
-def _partial_floats(num_splits: int, group: int, head_dim: int) -> int:
-    """What the blocks of one sequence and KV head leave for the last of them: see finish."""
-    outputs, weights = num_splits * triton.next_power_of_2(head_dim), triton.next_power_of_2(num_splits)
-    return triton.next_power_of_2(group) * (outputs + weights)
+        return splits
+    room = blocks_per_sm(config, group, head_dim, itemsize) * device.sm_count
+    if splits <= room:
+        return splits
+    return room if 2 * heads <= room else triton.cdiv(config.num_splits, 2) * heads
 
 
 @cache
 def _launcher(
     config: DecodeAttentionConfig,
-    in_turns: bool,
+    block_b: int,
     stride: int,
     aligned: bool,
     rope_half: int,
+    kv_heads: int,
     group: int,
     head_dim: int,
     cached: torch.dtype,
@@ -400,13 +429,14 @@ def _launcher(
     meta = {
         "STRIDE": stride,
         "ROPE_HALF": rope_half,
+        "KV_HEADS": kv_heads,
         "G": group,
         "D": head_dim,
         "EPS": eps,
         "SOFTCAP": softcap,
         "WINDOW": window,
         "NUM_SPLITS": config.num_splits,
-        "IN_TURNS": in_turns,
+        "BLOCK_B": block_b,
         "WARPS": config.num_warps,
         "TILES": config.tiles,
         "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
@@ -467,7 +497,8 @@ def decode_attention(
     cached = k_cache.dtype
     config = pick_config(kv_heads, group, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
-    partial = scratch(q, batch * kv_heads * _partial_floats(config.num_splits, group, D))
+    floats = partial_floats(config.num_splits, triton.next_power_of_2(group), triton.next_power_of_2(D))
+    partial = scratch(q, batch * kv_heads * floats)
     arrivals = counters(q.device, batch * kv_heads)
     if cached == torch.float8_e4m3fn:  # Triton knows e4m3 only where the GPU does
         k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)
@@ -481,15 +512,17 @@ def decode_attention(
         low_bits |= n
     aligned = low_bits % 16 == 0
     blocks = blocks_of(config, batch * kv_heads, group, D, cached.itemsize, aligned, facts)
-    in_turns = blocks < config.num_splits
-    _launcher(config, in_turns, stride, aligned, rope_half, group, D, cached, window, softcap, eps, facts)(
-        (blocks, kv_heads, batch),
+    block_b, grid = 0, (config.num_splits, kv_heads, batch)
+    if blocks < config.num_splits * kv_heads * batch:
+        block_b, grid = max(32, triton.next_power_of_2(batch)), (blocks, 1, 1)
+    _launcher(config, block_b, stride, aligned, rope_half, kv_heads, group, D, cached, window, softcap, eps, facts)(
+        grid,
         (
             q, k, v, k_cache, v_cache, kv_scale, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks,
             partial, arrivals, out, lse,
         ),
         (
-            *q_strides[:2], *k_strides[:2], *cache_strides[:2], *scale_strides, Lmax,
+            *q_strides[:2], *k_strides[:2], *cache_strides[:2], *scale_strides, batch, Lmax,
             (D**-0.5 if scale is None else scale) * LOG2_E,
         ),
     )  # fmt: skip

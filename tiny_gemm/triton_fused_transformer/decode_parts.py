@@ -1,4 +1,4 @@
-"""Parts of the decode attention kernel: RoPE, where the tiles of a sequence lie, and the sums at the end.
+"""Parts of the decode attention kernel: RoPE, and the sums at the end.
 
 Tensors in registers are of shape [32, WARPS, registers ..., E]: the first dimension is the lane, the second the warp,
 and a thread holds E neighbouring columns.
@@ -57,10 +57,11 @@ def first_of_pair(d, ROPE_HALF: tl.constexpr):
 
 
 @triton.jit
-def rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr):
+def rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr, AGAIN: tl.constexpr):
     """The cosines (or sines) of `position` for columns d and E - 1 more, of shape [..., E]; anything past what rotates.
 
-    Loaded in fours, 16 bytes: the layout of other loads, E elements a thread, is then had without a move.
+    Loaded in fours, 16 bytes: the layout of other loads, E elements a thread, is then had without a move. AGAIN: what
+    has been loaded before is not kept in registers for it.
     """
     d = d[:, :, :, :, None] + tl.arange(0, E // 4) * 4
     ptr += tl.cast(position, tl.int64) * ROPE_HALF
@@ -69,7 +70,7 @@ def rope_row(ptr, d, position, ROPE_HALF: tl.constexpr, E: tl.constexpr):
     else:
         cols = first_of_pair(d[:, :, :, :, :, None] + tl.arange(0, 4), ROPE_HALF)
     # The mask is always true, but the compiler does not know that; without one it moves the load behind a branch.
-    row = tl.load(ptr + cols, mask=position >= 0)
+    row = tl.load(ptr + cols, mask=position >= 0, volatile=AGAIN)
     return row.reshape(row.shape[0], row.shape[1], row.shape[2], row.shape[3], E)
 
 
@@ -174,28 +175,6 @@ def soft_cap(s, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def tokens(length, Lmax):
-    """How many the cache holds with the new one, if it still fits."""
-    return tl.minimum(length, Lmax - 1) + 1
-
-
-@triton.jit
-def first_tile(length, split, Lmax, STEP: tl.constexpr):
-    """Where the first tile of split `split` starts. Tiles are taken from the last on, which has the new token."""
-    return (tl.cdiv(tokens(length, Lmax), STEP) - 1 - split) * STEP
-
-
-@triton.jit
-def early_length(lengths_ptr, batch, WARPS: tl.constexpr, PDL: tl.constexpr):
-    """A sequence's length, which with PDL the kernel ahead may still change."""
-    if PDL:  # one number for all warps, which else might load it at different times and part ways later
-        length = tl.max(tl.load(lengths_ptr + batch + tl.arange(0, 32 * WARPS) * 0), 0)
-    else:
-        length = tl.load(lengths_ptr + batch)
-    return tl.maximum(length, 0)
-
-
-@triton.jit
 def start_softmax(
     sinks_ptr,  # [Hq], or None
     kv_head,
@@ -219,21 +198,6 @@ def start_softmax(
         top = tl.where(is_first, sink.to(tl.float32)[None, :] * 1.4426950408889634 - SHIFT, top)
         total = tl.where(top > float("-inf"), 2.0**SHIFT, 0.0)
     return top, total
-
-
-@triton.jit
-def window_begin(length, Lmax, WINDOW: tl.constexpr):
-    """The first token that counts."""
-    if WINDOW > 0:
-        return tl.maximum(tokens(length, Lmax) - WINDOW, 0)
-    else:
-        return 0
-
-
-@triton.jit
-def num_splits(length, Lmax, begin, STEP: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    """How many splits of a sequence and KV head have a tile, of those whose tokens count from `begin` on."""
-    return tl.minimum(tl.cdiv(tokens(length, Lmax), STEP) - begin // STEP, NUM_SPLITS)
 
 
 @triton.jit
@@ -376,9 +340,8 @@ def store_partial(
     total,  # the sum of a warp's softmax is total * 2 ** top
     acc,  # [WARPS, BLOCK_D, BLOCK_G]
     exchange,  # see _merge_warps
-    partial_ptr,  # see finish
-    batch,
-    kv_head,
+    partial_ptr,  # see partial_floats
+    group,
     split,
     G: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
@@ -389,18 +352,22 @@ def store_partial(
     GROUP: tl.constexpr = triton.next_power_of_2(G)
     LANES: tl.constexpr = _lanes(32 * acc.shape[0], GROUP, acc.shape[1])
     out, weight = _merge_warps(top, total, acc, exchange, GROUP, LANES, E, USE_ASM)
-    out_at, weight_at = _partials(partial_ptr, batch, kv_head, NUM_SPLITS, GROUP, acc.shape[1])
+    out_at, weight_at = _partials(partial_ptr, group, NUM_SPLITS, GROUP, acc.shape[1])
     _store_split(out_at, weight_at, out, weight, split, G, NUM_SPLITS)
 
 
+@triton.constexpr_function
+def partial_floats(num_splits: int, group: int, block_d: int) -> int:
+    """What the blocks of a sequence and KV head leave for the last of them, [NUM_SPLITS, GROUP, BLOCK_D] fp32, and
+    log2 of their weights, [GROUP, NUM_SPLITS rounded up]; a multiple of 4, as they are loaded in fours."""
+    return group * (num_splits * block_d + max(4, triton.next_power_of_2(num_splits)))
+
+
 @triton.jit
-def _partials(partial_ptr, batch, kv_head, NUM_SPLITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
+def _partials(partial_ptr, group, NUM_SPLITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_D: tl.constexpr):
     """Where the partial outputs of a sequence and KV head lie, and their weights."""
-    group = batch * tl.num_programs(1) + kv_head
-    groups = tl.num_programs(2).to(tl.int64) * tl.num_programs(1)
-    weight_ptr = partial_ptr + groups * (NUM_SPLITS * GROUP * BLOCK_D)
-    ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
-    return partial_ptr + group * (NUM_SPLITS * GROUP * BLOCK_D), weight_ptr + group * (GROUP * ALL)
+    partial_ptr += group * partial_floats(NUM_SPLITS, GROUP, BLOCK_D)
+    return partial_ptr, partial_ptr + NUM_SPLITS * GROUP * BLOCK_D
 
 
 @triton.jit
@@ -420,7 +387,7 @@ def _store_split(partial_ptr, weight_ptr, out, weight, split, G: tl.constexpr, N
     N: tl.constexpr = out.shape[1]
     tl.store(partial_ptr + (split * N + tl.arange(0, N))[None, :] * R + tl.arange(0, R)[:, None], out)
     head, _, is_first = _threads_of_heads(out, G)
-    tl.store(weight_ptr + head * triton.next_power_of_2(NUM_SPLITS) + split, weight, mask=is_first)
+    tl.store(weight_ptr + head * max(4, triton.next_power_of_2(NUM_SPLITS)) + split, weight, mask=is_first)
 
 
 @triton.jit
@@ -429,12 +396,11 @@ def finish(
     total,  # the sum of a warp's softmax is total * 2 ** top
     acc,  # [WARPS, BLOCK_D, BLOCK_G]
     exchange,  # see _merge_warps
-    partial_ptr,  # [B, Hkv, NUM_SPLITS, GROUP, BLOCK_D] fp32, then [B, Hkv, GROUP, ALL] fp32 log2 of their weights
-    counter_ptr,  # [B, Hkv]
+    partial_ptr,  # [B * Hkv] of what partial_floats says
+    counter_ptr,  # [B * Hkv]
     out_ptr,
     lse_ptr,
-    batch,
-    kv_head,
+    group,  # which pair of a sequence and a KV head
     split,
     splits,
     done,  # how many of them this block has done
@@ -448,17 +414,16 @@ def finish(
     GROUP: tl.constexpr = triton.next_power_of_2(G)
     BLOCK_D: tl.constexpr = acc.shape[1]
     LANES: tl.constexpr = _lanes(32 * acc.shape[0], GROUP, BLOCK_D)
-    group = batch * tl.num_programs(1) + kv_head
     out_ptr += group * (G * D)
     out, weight = _merge_warps(top, total, acc, exchange, GROUP, LANES, E, USE_ASM)
     if splits == 1:
         _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         return
 
-    partial_ptr, weight_ptr = _partials(partial_ptr, batch, kv_head, NUM_SPLITS, GROUP, BLOCK_D)
+    partial_ptr, weight_ptr = _partials(partial_ptr, group, NUM_SPLITS, GROUP, BLOCK_D)
     _store_split(partial_ptr, weight_ptr, out, weight, split, G, NUM_SPLITS)
     if arrive(counter_ptr + group, done) == splits - done:
-        ALL: tl.constexpr = triton.next_power_of_2(NUM_SPLITS)
+        ALL: tl.constexpr = max(4, triton.next_power_of_2(NUM_SPLITS))
         out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, BLOCK_D // LANES, ALL)
         _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         tl.store(counter_ptr + group, 0)

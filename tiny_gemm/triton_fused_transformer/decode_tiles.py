@@ -23,7 +23,7 @@ fp16 rounds to zero is less than 2^-24 of the largest. (With values above 1e32 o
 import triton
 import triton.language as tl
 
-from tiny_gemm.triton_fused_transformer.decode_parts import fast_log2, soft_cap
+from tiny_gemm.triton_fused_transformer.decode_parts import fast_log2, norm_pairs, rotate, soft_cap
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Loads
@@ -31,14 +31,13 @@ from tiny_gemm.triton_fused_transformer.decode_parts import fast_log2, soft_cap
 
 
 @triton.jit
-def load_tile(
+def tile_pointers(
     k_ptr,  # of one sequence and KV head
     v_ptr,
     scale_ptr,  # None: no scales
     start,  # the tile's first token
     last,  # what comes after it, counted from `start`, does not exist
     STRIDE: tl.constexpr,
-    D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
@@ -46,82 +45,41 @@ def load_tile(
     E_V: tl.constexpr,
     ALL: tl.constexpr,
 ):
-    """(keys, values of even tokens, of odd ones, scales) of 16 * TILES * WARPS tokens, asked for at once; unless ALL,
-    those of `last` in the place of later ones."""
+    """Where load_tile finds 16 * TILES * WARPS tokens: (keys, values of even tokens, of odd ones, scales); unless ALL
+    exist, those of `last` in the place of later ones.
+
+    Keys [32, WARPS, 2 * TILES, BLOCK_D / 4 E]: lane 4 r + t loads of each eight tokens token r, columns 4 E c + E t and
+    E - 1 more for each c. What it needs for the product are columns 4 P s + 2 P h + P t + e, where P elements, 2 of 16
+    or 4 of 8 bits, fill a register; so stored column 4 E c + E t + 2 P s + P h + e is called 4 E c + 4 P s + 2 P h +
+    P t + e, of k and of q alike, and nothing moves between threads.
+
+    Values, twice [32, WARPS, 2 * TILES, BLOCK_D / 8 E]: lane 4 r + t loads of each eight tokens 2 t and 2 t + 1, the
+    columns 8 E c + E r and E - 1 more for each c; stored column 8 E c + E r + j is called 8 E c + 8 j + r.
+
+    Scales, of the key and behind it of the value, of the same tokens as the values: [32, WARPS, 2 * TILES, 2], or, if
+    ALL, of the even tokens, [32, WARPS, 2 * TILES, 1], as the next token's are behind.
+    """
     row = tl.cast(start, tl.int64)
-    if scale_ptr is not None:
-        scale_ptr += row * 2
-    k_ptr += row * STRIDE
-    v_ptr += row * STRIDE
-    if not ALL or E == 4:  # in the order of use
-        k = _load_keys(k_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E, ALL)
-    even, odd = _load_values(v_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E_V, ALL)
+    lane = tl.arange(0, 32)[:, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None] * (16 * TILES)
+    eighth = tl.arange(0, 2 * TILES)[None, None, :, None] * 8
+    chunk = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E)
+    chunk_v = tl.arange(0, BLOCK_D // (8 * E_V))[None, None, None, :] * (8 * E_V)
+    k = _rows(k_ptr + row * STRIDE, warp + lane // 4, eighth, lane % 4 * E, chunk, last, STRIDE, ALL)
+    token = warp + lane % 4 * 2
+    even = _rows(v_ptr + row * STRIDE, token, eighth, lane // 4 * E_V, chunk_v, last, STRIDE, ALL)
+    odd = _rows(v_ptr + row * STRIDE, token, eighth + 1, lane // 4 * E_V, chunk_v, last, STRIDE, ALL)
     scales = even
     if scale_ptr is not None:
-        scales = _load_scales(scale_ptr, last, WARPS, TILES, ALL)
-    if ALL and E > 4:
-        # In a loop ptxas would ask for the values when the keys have arrived. It keeps the order of volatile loads, and
-        # the keys, which are needed first, are the last of them.
-        k = _load_keys(k_ptr, last, STRIDE, D, BLOCK_D, WARPS, TILES, E, ALL)
+        token += eighth
+        if not ALL:
+            token = tl.minimum(token + tl.arange(0, 2), last)
+        scales = scale_ptr + row * 2 + token * 2
     return k, even, odd, scales
 
 
 @triton.jit
-def _load_keys(
-    ptr,
-    last,
-    STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr,
-    TILES: tl.constexpr,
-    E: tl.constexpr,
-    ALL: tl.constexpr,
-):
-    """[32, WARPS, 2 * TILES, BLOCK_D / 4 E, E].
-
-    Lane 4 r + t loads of each eight tokens token r, columns 4 E c + E t and E - 1 more for each c. What it needs for
-    the product are columns 4 P s + 2 P h + P t + e, where P elements, 2 of 16 or 4 of 8 bits, fill a register; so
-    stored column 4 E c + E t + 2 P s + P h + e is called 4 E c + 4 P s + 2 P h + P t + e, of k and of q alike, and
-    nothing moves between threads.
-    """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    eighth = tl.arange(0, 2 * TILES)[None, None, :, None]
-    chunk = tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :]
-    token = warp * (16 * TILES) + lane // 4
-    return _load_rows(ptr, token, eighth * 8, lane % 4 * E, chunk * (4 * E), last, STRIDE, D, BLOCK_D, E, ALL)
-
-
-@triton.jit
-def _load_values(
-    ptr,
-    last,
-    STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    WARPS: tl.constexpr,
-    TILES: tl.constexpr,
-    E: tl.constexpr,
-    ALL: tl.constexpr,
-):
-    """The tokens that _load_keys loads, the even ones and the odd ones: twice [32, WARPS, 2 * TILES, BLOCK_D / 8 E, E].
-
-    Lane 4 r + t loads of each eight tokens 2 t and 2 t + 1, the columns 8 E c + E r and E - 1 more for each c; stored
-    column 8 E c + E r + j is called 8 E c + 8 j + r.
-    """
-    lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    eighth = tl.arange(0, 2 * TILES)[None, None, :, None] * 8
-    chunk = tl.arange(0, BLOCK_D // (8 * E))[None, None, None, :] * (8 * E)
-    token = warp * (16 * TILES) + lane % 4 * 2
-    even = _load_rows(ptr, token, eighth, lane // 4 * E, chunk, last, STRIDE, D, BLOCK_D, E, ALL)
-    odd = _load_rows(ptr, token, eighth + 1, lane // 4 * E, chunk, last, STRIDE, D, BLOCK_D, E, ALL)
-    return even, odd
-
-
-@triton.jit
-def _load_rows(
+def _rows(
     ptr,
     token,  # of lane and warp; those of a thread lie token_more behind it
     token_more,
@@ -129,37 +87,50 @@ def _load_rows(
     d_more,
     last,
     STRIDE: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    E: tl.constexpr,
     ALL: tl.constexpr,
 ):
     if STRIDE > 2**22:  # a pool of all layers and sequences, token by token
         token, token_more = token.to(tl.int64), token_more.to(tl.int64)
     if ALL:  # what differs between the loads of a thread is a constant in the instruction
-        ptrs = (ptr + (token * STRIDE + d))[:, :, :, :, None] + (token_more * STRIDE + d_more)[:, :, :, :, None]
+        return ptr + (token * STRIDE + d) + (token_more * STRIDE + d_more)
     else:
-        ptrs = (ptr + (tl.minimum(token + token_more, last) * STRIDE + d + d_more))[:, :, :, :, None]
-    ptrs += tl.arange(0, E)
-    if D == BLOCK_D:
-        return tl.load(ptrs, volatile=ALL and E > 4)
-    else:
-        return tl.load(ptrs, mask=(d + d_more < D)[:, :, :, :, None], other=0.0, volatile=ALL and E > 4)
+        return ptr + (tl.minimum(token + token_more, last) * STRIDE + d + d_more)
 
 
 @triton.jit
-def _load_scales(ptr, last, WARPS: tl.constexpr, TILES: tl.constexpr, ALL: tl.constexpr):
-    """Scales of the same tokens, [32, WARPS, 2 * TILES, 2, 2]: lane 4 r + t has of each eight tokens 2 t and 2 t + 1
-    that of the key and that of the value."""
+def load_tile(
+    pointers, IS_8_BIT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, E_V: tl.constexpr,
+    ALL: tl.constexpr,
+):  # fmt: skip
+    """What is at tile_pointers, asked for at once: keys and values with E or E_V columns behind each other, scales
+    [32, WARPS, 2 * TILES, 2, 2]."""
+    k_ptrs, even_ptrs, odd_ptrs, scale_ptrs = pointers
     lane = tl.arange(0, 32)[:, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None]
-    token = warp * (16 * TILES) + tl.arange(0, 2 * TILES)[None, None, :, None] * 8 + lane % 4 * 2
-    if ALL:
-        scales = tl.load(ptr + token * 2 + tl.arange(0, 4), volatile=True)
-        return scales.reshape(32, WARPS, 2 * TILES, 2, 2)
+    d = lane % 4 * E + tl.arange(0, BLOCK_D // (4 * E))[None, None, None, :] * (4 * E)
+    d_v = lane // 4 * E_V + tl.arange(0, BLOCK_D // (8 * E_V))[None, None, None, :] * (8 * E_V)
+    # In a loop ptxas would ask for the values when the keys have arrived. It keeps the order of volatile loads, and the
+    # keys, which are needed first, are the last of them.
+    LATE: tl.constexpr = ALL and E > 4
+    if not LATE:  # in the order of use
+        k = _load_columns(k_ptrs, d, D, BLOCK_D, E, LATE)
+    even = _load_columns(even_ptrs, d_v, D, BLOCK_D, E_V, LATE)
+    odd = _load_columns(odd_ptrs, d_v, D, BLOCK_D, E_V, LATE)
+    scales = even
+    if IS_8_BIT:
+        scales = tl.load(scale_ptrs[:, :, :, :, None] + tl.arange(0, 4 if ALL else 2), volatile=LATE)
+        scales = scales.reshape(scales.shape[0], scales.shape[1], scales.shape[2], 2, 2)
+    if LATE:
+        k = _load_columns(k_ptrs, d, D, BLOCK_D, E, LATE)
+    return k, even, odd, scales
+
+
+@triton.jit
+def _load_columns(ptrs, d, D: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr, VOLATILE: tl.constexpr):
+    ptrs = ptrs[:, :, :, :, None] + tl.arange(0, E)
+    if D == BLOCK_D:
+        return tl.load(ptrs, volatile=VOLATILE)
     else:
-        token = tl.minimum(token + tl.arange(0, 2), last)
-        return tl.load(ptr + (token * 2)[:, :, :, :, None] + tl.arange(0, 2))
+        return tl.load(ptrs, mask=(d < D)[:, :, :, :, None], other=0.0, volatile=VOLATILE)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,20 +162,73 @@ def _planes_operand(planes, P: tl.constexpr):
 
 
 @triton.jit
-def queries_operand(q, zero, USE_ASM: tl.constexpr):
-    """q [32, WARPS, BLOCK_G / 8, C, E], loaded as keys are with heads for tokens, as [WARPS, BLOCK_G, BLOCK_D]; of
-    16 bits at least [WARPS, 16, BLOCK_D]: 8 heads stand there twice. zero: 0, but the compiler may not know it."""
-    if q.shape[2] == 1 and q.dtype.primitive_bitwidth == 16:
-        second = q
+def queries_operand(
+    q,  # what load_pairs loaded, as keys are with heads for tokens
+    q_pair,
+    d,
+    cos,
+    sin,
+    norm_ptr,  # [D], or None
+    scale_log2,
+    D: tl.constexpr,
+    EPS: tl.constexpr,
+    ROPE_HALF: tl.constexpr,
+    PAIR_IN_THREAD: tl.constexpr,
+    CACHED: tl.constexpr,
+    FP8: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """The queries, normed and rotated, as attend wants them, and what a score is to be multiplied by."""
+    E: tl.constexpr = 16 // (CACHED.primitive_bitwidth // 8)
+    if norm_ptr is not None:
+        q, q_pair = norm_pairs(q, q_pair, norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+    q = rotate(q, q_pair, d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
+    if CACHED == tl.int8:
+        q, scale = _split_queries(q, FP8)
+        return q, scale * scale_log2
+    elif E == 4:
+        q = q.to(CACHED)
+        q = q.reshape(q.shape[0], q.shape[1], q.shape[2], 1, q.shape[3], q.shape[4])
+        return _planes_operand(q, 2), scale_log2
+    else:
+        return _words_of_queries(q, CACHED, USE_ASM), scale_log2
+
+
+@triton.jit
+def _words_of_queries(q, CACHED: tl.constexpr, USE_ASM: tl.constexpr):
+    """q fp32 [32, WARPS, BLOCK_G / 8, C, E], loaded as keys are with heads for tokens, rounded to 16 bits, two in a
+    word: int32 [32, WARPS, BLOCK_G / 8, PLANES, C, E / 2]. Of 8 heads there are two planes: each stands there twice.
+
+    (A tensor of 16 bits that crosses the edge of a branch or a loop is taken apart there.)
+    """
+    even, odd = tl.split(q.reshape(q.shape[0], q.shape[1], q.shape[2], q.shape[3], q.shape[4] // 2, 2))
+    if USE_ASM:
+        asm: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;" if CACHED == tl.bfloat16 else "cvt.rn.f16x2.f32 $0, $2, $1;"
+        words = tl.inline_asm_elementwise(asm, "=r,f,f", [even, odd], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        even, odd = even.to(CACHED).to(tl.uint16, bitcast=True), odd.to(CACHED).to(tl.uint16, bitcast=True)
+        words = (even.to(tl.uint32) | odd.to(tl.uint32) << 16).to(tl.int32, bitcast=True)
+    if q.shape[2] > 1:
+        return words.reshape(words.shape[0], words.shape[1], words.shape[2], 1, words.shape[3], words.shape[4])
+    else:
+        second = words
         if USE_ASM:
             # The product wants neighbouring registers; one for both planes would be copied into them for each product.
+            # An exchange of each lane with itself: ptxas neither sees that nothing changes nor does it again in a loop.
             second = tl.inline_asm_elementwise(
-                "or.b32 $0, $1, $2;", "=r,r,r", [q, zero.to(tl.int16)], dtype=q.dtype, is_pure=True, pack=2
+                "shfl.sync.bfly.b32 $0, $1, 0, 31, -1;", "=r,r", [words], dtype=tl.int32, is_pure=False, pack=1
             )
-        planes = _two_planes(q, second)
-    else:
-        planes = q.reshape(q.shape[0], q.shape[1], q.shape[2], 1, q.shape[3], q.shape[4])
-    return _planes_operand(planes, 2)
+        return _two_planes(words, second)
+
+
+@triton.jit
+def _queries_of_words(words, CACHED: tl.constexpr):
+    """What _words_of_queries gives as [WARPS, 8 * N * PLANES, BLOCK_D]."""
+    SHAPE: tl.constexpr = words.shape
+    words = words.reshape(SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], SHAPE[4], SHAPE[5], 1)
+    words = words.broadcast_to(SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], SHAPE[4], SHAPE[5], 2)
+    planes = tl.where(tl.arange(0, 2) == 0, words, words >> 16).to(tl.int16).to(CACHED, bitcast=True)
+    return _planes_operand(planes.reshape(SHAPE[0], SHAPE[1], SHAPE[2], SHAPE[3], SHAPE[4], 2 * SHAPE[5]), 2)
 
 
 # PTX that turns the bytes of a word `t` into fp16: 0 and 1 into {lo}, 2 and 3 into {hi}.
@@ -253,7 +277,7 @@ def _to_fp16(codes, FP8: tl.constexpr):
 
 
 @triton.jit
-def split_queries(q, FP8: tl.constexpr):
+def _split_queries(q, FP8: tl.constexpr):
     """q fp32 [32, WARPS, BLOCK_G / 8, C, E] as (operand [WARPS, 2 * BLOCK_G, BLOCK_D], its scale [WARPS, BLOCK_G])."""
     WARPS: tl.constexpr = q.shape[1]
     N: tl.constexpr = q.shape[2]
@@ -296,7 +320,7 @@ def _add_planes(s, BLOCK_G: tl.constexpr, FP8: tl.constexpr):
 
 @triton.jit
 def _heads(s, BLOCK_G: tl.constexpr):
-    """The products of the queries of queries_operand, [WARPS, .., T], as [WARPS, BLOCK_G, T]."""
+    """The products of the queries of _queries_of_words, [WARPS, .., T], as [WARPS, BLOCK_G, T]."""
     if s.shape[1] > BLOCK_G:
         s, _ = tl.split(s.reshape(s.shape[0], 2, BLOCK_G, s.shape[2]).permute(0, 2, 3, 1))
     return s
@@ -405,7 +429,7 @@ def quantize_token(k, v, FP8: tl.constexpr, HAS_E4M3: tl.constexpr):
 
 @triton.jit
 def attend(
-    q,  # [WARPS, 16 or more, BLOCK_D]
+    q,  # and q_scale, as queries_operand gives them: [WARPS, 16 or more, BLOCK_D], or, of 16 bits, words
     q_scale,  # in units of log2; without scales of the cache one number, else [WARPS, BLOCK_G]
     k,  # as load_tile loads them
     even,
@@ -437,7 +461,7 @@ def attend(
     elif k.dtype == tl.float32:  # without tensor cores; this way round it takes fewer registers
         s = tl.dot(keys.permute(0, 2, 1), q.permute(0, 2, 1), input_precision="ieee").permute(0, 2, 1) * q_scale
     else:
-        s = _heads(tl.dot(q, keys), BLOCK_G) * q_scale  # [WARPS, BLOCK_G, T]
+        s = _heads(tl.dot(_queries_of_words(q, k.dtype), keys), BLOCK_G) * q_scale  # [WARPS, BLOCK_G, T]
     if SOFTCAP > 0:
         s = soft_cap(s, SOFTCAP)
     offs_n = tl.arange(0, T * WARPS).reshape(WARPS, T)[:, None, :]
