@@ -357,6 +357,18 @@ def test_each_split_is_of_one_block(device, batch, window):
         assert turns == 1 or kv_heads * sum(-(-n // (turns - 1)) for n in splits) > blocks
 
 
+@on_kernels
+def test_a_batch_of_more_than_32_in_turns(poisoned, monkeypatch, device):
+    config = DecodeAttentionConfig(3, num_warps=4 if device == "cuda" else 1, tiles=1)
+    monkeypatch.setattr(decode, "pick_config", lambda *_: config)
+    inputs = make_inputs(Case(2, 1, 60, tuple(7 * i % 61 for i in range(35))), torch.bfloat16, device)
+    expected = run(decode.decode_attention, inputs)
+    check_against_oracle(decode.decode_attention, inputs)
+    monkeypatch.setattr(decode, "blocks_of", lambda *_: 40)
+    for got, want in zip(run(decode.decode_attention, inputs), expected, strict=True):
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
 @pytest.mark.interp
 @pytest.mark.parametrize(
     "case",
@@ -550,11 +562,24 @@ def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
         assert ours < more, "ptxas fuses where it can, which is not in all copies of one piece of code"
 
 
-def check_room(compiled, config, group, D, itemsize):
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "Lmax, block_b, pointers", [(1024, 32, {"sinks_ptr": "*bf16"}), (8192, 32, "norm"), (1024, 64, {})]
+)
+def test_blocks_that_take_more_registers_have_room(Lmax, block_b, pointers):
+    facts = aot.device_facts("sm_90")
+    config = decode.pick_config(8, 4, Lmax, 64, 2, facts)
+    launcher = decode._launcher(config, block_b, 64, True, 32, 8, 4, 64, torch.bfloat16, 0, 0.0, 1e-6, facts)
+    signature = signature_of(launcher, **NO_POINTERS | (WITH["norm"][2] if pointers == "norm" else pointers))
+    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax"))
+    check_room(compiled, config, 4, 64, 2, plain=False)
+
+
+def check_room(compiled, config, group, D, itemsize, plain=True):
     """As many blocks fit an SM as blocks_of thinks."""
     in_registers = 65536 // (-(-compiled.registers // 8) * 8 * 32 * config.num_warps)
     in_shared = 228 * 1024 // (compiled.shared_memory + compiled.static_shared_memory + 1024)
-    assert decode.blocks_per_sm(config, group, D, itemsize) <= min(in_registers, in_shared)
+    assert decode.blocks_per_sm(config, group, D, itemsize, plain) <= min(in_registers, in_shared)
 
 
 def loops(sass: str) -> list[list[str]]:
@@ -596,10 +621,10 @@ def test_config_has_no_batch_and_fits():
 def test_blocks_take_turns_only_where_not_all_fit():
     facts = aot.device_facts("sm_90")
 
-    def blocks(batch, Lmax, D=128, itemsize=2, aligned=True):
+    def blocks(batch, Lmax, D=128, itemsize=2, aligned=True, plain=True):
         """(how many, splits)"""
         config = decode.pick_config(8, 4, Lmax, D, itemsize, facts)
-        found = decode.blocks_of(config, 8 * batch, 4, D, itemsize, aligned, facts)
+        found = decode.blocks_of(config, 8 * batch, 4, D, itemsize, aligned, plain, facts)
         return found, 8 * batch * config.num_splits
 
     for alone in (blocks(1, 32768), blocks(2, 2048), blocks(8, 512, D=64), blocks(64, 100)):
@@ -608,5 +633,7 @@ def test_blocks_take_turns_only_where_not_all_fit():
     assert blocks(16, 2048) == (2 * 132, 2048)
     assert blocks(64, 2048) == (64 * 8 * 8, 64 * 8 * 16), "two splits each, where a pair would have one block"
     assert blocks(8, 8192, itemsize=1) == (2 * 132, 1024)
+    assert blocks(8, 8192, D=64) == (4 * 132, 2048)
+    assert blocks(8, 8192, D=64, plain=False) == (2 * 132, 2048), "registers"
     for alone in (blocks(64, 2048, itemsize=4), blocks(64, 2048, aligned=False)):
         assert alone[0] == alone[1], "their warps meet through Triton's shared memory"

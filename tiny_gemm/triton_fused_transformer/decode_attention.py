@@ -88,10 +88,10 @@ def _prefetch_tile(k_ptr, v_ptr, offs, scale_ptr, scale_offs, start, rows, D: tl
         scale_ptr += scale_offs
         is_aligned &= scale_ptr.to(tl.int64) % 16 == 0
     if is_aligned & (rows > 0) & (start >= 0):
-        offs = tl.cast(start, tl.int64) * D
+        tile = tl.cast(start, tl.int64) * D
         num_bytes = rows * (D * (k_ptr.dtype.element_ty.primitive_bitwidth // 8))
-        prefetch_l2(k_ptr + offs, num_bytes)
-        prefetch_l2(v_ptr + offs, num_bytes)
+        prefetch_l2(k_ptr + tile, num_bytes)
+        prefetch_l2(v_ptr + tile, num_bytes)
         if scale_ptr is not None:
             prefetch_l2(scale_ptr + tl.cast(start, tl.int64) * 2, (rows + 1) // 2 * 16)
 
@@ -229,13 +229,13 @@ def _decode_attention_kernel(
         top, total = start_softmax(sinks_ptr, kv_head, split, G, WARPS, BLOCK_G, 90.0 if IS_8_BIT else 0.0)
         acc = tl.zeros([WARPS, BLOCK_D, BLOCK_G], tl.float32)
         if split == 0:  # this block has the last tile, and the new token with it
-            k_rotated = k_new, k_pair
+            k_token = k_new, k_pair
             if k_norm_ptr is not None:  # here, as weights and angles would fill registers that the tile needs
-                k_rotated = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
+                k_token = norm_pairs(k_new, k_pair, k_norm_ptr, d, D, EPS, ROPE_HALF, PAIR_IN_THREAD, E)
                 if ROPE_HALF > 0:
                     cos = rope_row(cos_ptr, d_rope, position, ROPE_HALF, E, True)
                     sin = rope_row(sin_ptr, d_rope, position, ROPE_HALF, E, True)
-            k_rotated = rotate(k_rotated[0], k_rotated[1], d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
+            k_rotated = rotate(k_token[0], k_token[1], d, cos, sin, ROPE_HALF, PAIR_IN_THREAD, E)
             if IS_8_BIT:
                 k_token, v_token, scales_token = quantize_token(k_rotated, v_new, FP8, HAS_E4M3)
             else:
@@ -381,17 +381,20 @@ def _meets_in_shared(
     return device.is_nvidia and aligned and itemsize <= 2 and fits
 
 
-def blocks_per_sm(config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int) -> int:
-    """How many fit an SM at once, by their registers."""
+def blocks_per_sm(
+    config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int, plain: bool
+) -> int:  # fmt: skip
+    """How many fit an SM at once, by their registers. plain: without what takes more of them, which are a norm, sinks,
+    a window, a softcap, or the lengths of more than 32 sequences."""
     of_4_warps = 2
-    if triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2 and group <= 8:
+    if plain and triton.next_power_of_2(head_dim) <= 64 and itemsize == 2 and config.tiles <= 2 and group <= 8:
         of_4_warps = 5 - config.tiles
     return of_4_warps * 4 // config.num_warps
 
 
 @cache
 def blocks_of(
-    config: DecodeAttentionConfig, heads: int, group: int, head_dim: int, itemsize: int, aligned: bool,
+    config: DecodeAttentionConfig, heads: int, group: int, head_dim: int, itemsize: int, aligned: bool, plain: bool,
     device: DeviceFacts,
 ) -> int:  # fmt: skip
     """How many blocks do the splits of `heads` full pairs of a sequence and a KV head: one each where all have room on
@@ -404,7 +407,7 @@ def blocks_of(
     splits = config.num_splits * heads
     if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device):
         return splits
-    room = blocks_per_sm(config, group, head_dim, itemsize) * device.sm_count
+    room = blocks_per_sm(config, group, head_dim, itemsize, plain) * device.sm_count
     if splits <= room:
         return splits
     return room if 2 * heads <= room else triton.cdiv(config.num_splits, 2) * heads
@@ -511,7 +514,8 @@ def decode_attention(
     for n in (*q_strides[:2], *k_strides[:2], *cache_strides[:2]):
         low_bits |= n
     aligned = low_bits % 16 == 0
-    blocks = blocks_of(config, batch * kv_heads, group, D, cached.itemsize, aligned, facts)
+    plain = batch <= 32 and q_norm is None and sinks is None and not window and not softcap
+    blocks = blocks_of(config, batch * kv_heads, group, D, cached.itemsize, aligned, plain, facts)
     block_b, grid = 0, (config.num_splits, kv_heads, batch)
     if blocks < config.num_splits * kv_heads * batch:
         block_b, grid = max(32, triton.next_power_of_2(batch)), (blocks, 1, 1)

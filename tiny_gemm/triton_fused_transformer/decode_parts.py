@@ -357,10 +357,16 @@ def store_partial(
 
 
 @triton.constexpr_function
+def _weights_of(num_splits: int) -> int:
+    """Places for the weights of a head's splits, in fours: what lies behind them is loaded 16 bytes at a time."""
+    return max(4, triton.next_power_of_2(num_splits))
+
+
+@triton.constexpr_function
 def partial_floats(num_splits: int, group: int, block_d: int) -> int:
     """What the blocks of a sequence and KV head leave for the last of them, [NUM_SPLITS, GROUP, BLOCK_D] fp32, and
-    log2 of their weights, [GROUP, NUM_SPLITS rounded up]; a multiple of 4, as they are loaded in fours."""
-    return group * (num_splits * block_d + max(4, triton.next_power_of_2(num_splits)))
+    log2 of their weights, [GROUP, _weights_of(NUM_SPLITS)]."""
+    return group * (num_splits * block_d + _weights_of(num_splits))
 
 
 @triton.jit
@@ -387,7 +393,7 @@ def _store_split(partial_ptr, weight_ptr, out, weight, split, G: tl.constexpr, N
     N: tl.constexpr = out.shape[1]
     tl.store(partial_ptr + (split * N + tl.arange(0, N))[None, :] * R + tl.arange(0, R)[:, None], out)
     head, _, is_first = _threads_of_heads(out, G)
-    tl.store(weight_ptr + head * max(4, triton.next_power_of_2(NUM_SPLITS)) + split, weight, mask=is_first)
+    tl.store(weight_ptr + head * _weights_of(NUM_SPLITS) + split, weight, mask=is_first)
 
 
 @triton.jit
@@ -423,7 +429,7 @@ def finish(
     partial_ptr, weight_ptr = _partials(partial_ptr, group, NUM_SPLITS, GROUP, BLOCK_D)
     _store_split(partial_ptr, weight_ptr, out, weight, split, G, NUM_SPLITS)
     if arrive(counter_ptr + group, done) == splits - done:
-        ALL: tl.constexpr = max(4, triton.next_power_of_2(NUM_SPLITS))
+        ALL: tl.constexpr = _weights_of(NUM_SPLITS)
         out, weight = _add_partials(partial_ptr, weight_ptr, splits, GROUP, LANES, BLOCK_D // LANES, ALL)
         _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
         tl.store(counter_ptr + group, 0)

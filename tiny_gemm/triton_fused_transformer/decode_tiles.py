@@ -151,7 +151,7 @@ def _two_planes(first, second):
 @triton.jit
 def _planes_operand(planes, P: tl.constexpr):
     """[32, WARPS, N, PLANES, C, E], loaded as keys are with heads for tokens, as [WARPS, 8 * N * PLANES, 4 * C * E],
-    columns renamed; P as _load_keys says."""
+    columns renamed; P as tile_pointers says."""
     WARPS: tl.constexpr = planes.shape[1]
     N: tl.constexpr = planes.shape[2]
     PLANES: tl.constexpr = planes.shape[3]
@@ -328,7 +328,7 @@ def _heads(s, BLOCK_G: tl.constexpr):
 
 @triton.jit
 def _keys_operand(k, IS_8_BIT: tl.constexpr, FP8: tl.constexpr, HAS_E4M3: tl.constexpr, USE_ASM: tl.constexpr):
-    """What _load_keys loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; e4m3 as fp16."""
+    """The keys that load_tile loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; e4m3 as fp16."""
     WARPS: tl.constexpr = k.shape[1]
     EIGHTHS: tl.constexpr = k.shape[2]
     C: tl.constexpr = k.shape[3]
@@ -348,8 +348,8 @@ def _keys_operand(k, IS_8_BIT: tl.constexpr, FP8: tl.constexpr, HAS_E4M3: tl.con
 def _values_operand(
     even, odd, IS_8_BIT: tl.constexpr, FP8: tl.constexpr, HAS_E4M3: tl.constexpr, USE_ASM: tl.constexpr
 ):
-    """What _load_values loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; of 8 bits as fp16, where an
-    int8 is 1152 more than it was."""
+    """The values that load_tile loaded, transposed: [WARPS, BLOCK_D, 16 * TILES], columns renamed; of 8 bits as fp16,
+    where an int8 is 1152 more than it was."""
     WARPS: tl.constexpr = even.shape[1]
     EIGHTHS: tl.constexpr = even.shape[2]
     C: tl.constexpr = even.shape[3]
@@ -375,7 +375,7 @@ def _values_operand(
 
 @triton.jit
 def _scales_of_scores(scales, BLOCK_G: tl.constexpr):
-    """What _load_scales loaded, as (of the keys, of the values), each [WARPS, BLOCK_G, 16 * TILES]."""
+    """The scales that load_tile loaded, as (of the keys, of the values), each [WARPS, BLOCK_G, 16 * TILES]."""
     WARPS: tl.constexpr = scales.shape[1]
     EIGHTHS: tl.constexpr = scales.shape[2]
     scales = scales.reshape(8, 4, WARPS, EIGHTHS, 2, 2).permute(2, 0, 3, 1, 4, 5)  # warp r eighth t e, key or value

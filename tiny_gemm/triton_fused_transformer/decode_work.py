@@ -79,8 +79,8 @@ def splits_of_block(
     NUM_SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """(sequence, KV head, first of its splits, how many splits lie between one and the next, the sequence's length). A
-    block without work gets a split that there is not.
+    """(sequence, KV head, first of its splits, how far apart they are, the sequence's length). A block without work
+    gets a split that there is not.
 
     If BLOCK_B, a block takes at most `turns` splits of one sequence and KV head, the fewest with which the blocks
     suffice: at least B * KV_HEADS, whatever the lengths are.
