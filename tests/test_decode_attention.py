@@ -610,8 +610,10 @@ def check_arrival(sass: str):
 
 def test_config_has_no_batch_and_fits():
     facts = aot.device_facts("sm_90")
-    assert decode.pick_config(8, 4, 4096, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=4, tiles=2)
-    assert decode.pick_config(8, 4, 8192, 128, 2, facts).num_splits == 2 * (132 // 8)
+    assert decode.pick_config(8, 4, 2048, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=4, tiles=2)
+    assert decode.pick_config(8, 4, 8192, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=1)
+    assert decode.pick_config(8, 4, 8192, 64, 2, facts).num_splits == 2 * (132 // 8)
+    assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 64, "where heads are few"
     assert decode.pick_config(3, 3, 100, 64, 2, facts).num_splits == 1
     assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 3, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 1, 4096, 64, 2, facts).num_splits == 1
