@@ -465,10 +465,11 @@ def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, a
 
 
 AOT_CASES = [  # target, head size, KV heads, group, length of the cache
-    *[(target, 128, 8, 4, 4096) for target in aot.TARGETS],
+    *[(target, 128, 8, 4, 2048) for target in aot.TARGETS],
     *[(target, 64, 3, 3, 512) for target in ("sm_80", "sm_90", "sm_100", "gfx942")],
     *[("sm_90", D, 8, 4, Lmax) for D in (64, 128) for Lmax in (512, 32768)],
     ("sm_80", 128, 8, 4, 32768),
+    ("sm_100", 128, 8, 4, 4096),
     ("sm_120", 128, 8, 4, 512),
     ("sm_86", 96, 2, 7, 4096),
     ("sm_86", 128, 1, 32, 8192),
@@ -487,7 +488,7 @@ WITH = {  # window, softcap; the optional pointers that are there
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
-    config = decode.pick_config(8, 4, 4096, 128, 2, facts)
+    config = decode.pick_config(8, 4, 2048, 128, 2, facts)
     block_b = 32 if facts.is_nvidia else 0  # as blocks_of says
     launcher = decode._launcher(config, block_b, 128, True, 64, 8, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
     signature = signature_of(launcher, **NO_POINTERS | pointers)
@@ -533,7 +534,7 @@ def test_compiles_for(target, D, kv_heads, group, Lmax):
 def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
     """Triton takes shared memory to bring what it loads into order; none is declared beside it."""
     facts = aot.device_facts("sm_90")
-    config = decode.pick_config(8, group, 4096, D, 2, facts)
+    config = decode.pick_config(8, group, 2048, D, 2, facts)
     launcher = decode._launcher(config, 0, D, False, D // 2, 8, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax", unaligned))
@@ -611,7 +612,8 @@ def check_arrival(sass: str):
 def test_config_has_no_batch_and_fits():
     facts = aot.device_facts("sm_90")
     assert decode.pick_config(8, 4, 2048, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=4, tiles=2)
-    assert decode.pick_config(8, 4, 8192, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=1)
+    for Lmax in (4096, 8192):
+        assert decode.pick_config(8, 4, Lmax, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=1)
     assert decode.pick_config(8, 4, 8192, 64, 2, facts).num_splits == 2 * (132 // 8)
     assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 64, "where heads are few"
     assert decode.pick_config(3, 3, 100, 64, 2, facts).num_splits == 1
@@ -629,13 +631,15 @@ def test_blocks_take_turns_only_where_not_all_fit():
         found = decode.blocks_of(config, 8 * batch, 4, D, itemsize, aligned, plain, facts)
         return found, 8 * batch * config.num_splits
 
-    for alone in (blocks(1, 32768), blocks(2, 2048), blocks(8, 512, D=64), blocks(64, 100)):
-        assert alone[0] == alone[1]
+    assert blocks(1, 32768) == (128, 128)
+    assert blocks(2, 2048) == (256, 256)
+    assert blocks(8, 512, D=64) == (256, 256)
+    assert blocks(64, 100) == (512, 512)
     assert blocks(4, 2048) == (2 * 132, 512)
     assert blocks(16, 2048) == (2 * 132, 2048)
     assert blocks(64, 2048) == (64 * 8 * 8, 64 * 8 * 16), "two splits each, where a pair would have one block"
     assert blocks(8, 8192, itemsize=1) == (2 * 132, 1024)
     assert blocks(8, 8192, D=64) == (4 * 132, 2048)
     assert blocks(8, 8192, D=64, plain=False) == (2 * 132, 2048), "registers"
-    for alone in (blocks(64, 2048, itemsize=4), blocks(64, 2048, aligned=False)):
-        assert alone[0] == alone[1], "their warps meet through Triton's shared memory"
+    assert blocks(64, 2048, itemsize=4) == (8192, 8192), "its warps meet through Triton's shared memory"
+    assert blocks(64, 2048, aligned=False) == (8192, 8192), "likewise"

@@ -78,14 +78,11 @@ MOST_SPLITS = 64  # of a sequence and KV head: the last block adds up what all h
 
 
 @triton.jit
-def _prefetch_tile(k_ptr, v_ptr, offs, scale_ptr, scale_offs, start, rows, D: tl.constexpr):
-    """Asks L2 for `rows` tokens from `start` on, a multiple of 16, of the sequence and KV head whose rows begin at
-    `offs`, if there are any and they lie where it takes them."""
-    k_ptr += offs
-    v_ptr += offs
+def _prefetch_tile(k_ptr, v_ptr, scale_ptr, start, rows, D: tl.constexpr):
+    """Asks L2 for `rows` tokens from `start` on, a multiple of 16, of one sequence and KV head, if there are any and
+    they lie where it takes them."""
     is_aligned = (k_ptr.to(tl.int64) | v_ptr.to(tl.int64)) % 16 == 0
     if scale_ptr is not None:
-        scale_ptr += scale_offs
         is_aligned &= scale_ptr.to(tl.int64) % 16 == 0
     if is_aligned & (rows > 0) & (start >= 0):
         tile = tl.cast(start, tl.int64) * D
@@ -186,17 +183,13 @@ def _decode_attention_kernel(
             lengths, Lmax, B, KV_HEADS, STEP, WINDOW, NUM_SPLITS, BLOCK_B
         )
         start = first_tile(length, split, Lmax, STEP)
-        if PDL and STRIDE == D:
-            _prefetch_tile(
-                k_cache_ptr, v_cache_ptr, batch * stride_cb + kv_head * stride_ch,
-                kv_scale_ptr, batch * stride_sb + kv_head * stride_sh,
-                start, tl.minimum(tl.minimum(length, Lmax) - start, STEP), D,
-            )  # fmt: skip
         at_k = k_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
         at_v = v_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
         at_scale = None
         if IS_8_BIT:
             at_scale = kv_scale_ptr + (batch * stride_sb + kv_head * stride_sh)
+        if PDL and STRIDE == D:
+            _prefetch_tile(at_k, at_v, at_scale, start, tl.minimum(tl.minimum(length, Lmax) - start, STEP), D)
         there = tl.maximum(start, 0)  # a block without a tile loads another's, for nothing
         last = tl.maximum(tl.minimum(length, Lmax) - 1, 0) - there
         # Before the wait: behind it instructions are time, and ptxas asks for part of the tile when q has arrived.
