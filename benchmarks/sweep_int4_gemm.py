@@ -64,22 +64,28 @@ def candidates(
     units = math.ceil(k / unit)
     x_tiles = 1 if m <= 8 else 2
     found = []
-    for row_tiles, warp_units, warps, stages, splits in itertools.product(
-        (1, 2, 4), (1, 2), (4, 8, 16), (2, 3), (1, 2, 4)
-    ):
+    for row_tiles, warp_units, warps, stages in itertools.product((1, 2, 4), (1, 2), (4, 8, 16), (2, 3)):
         units_a_step = warp_units * warps
         steps = math.ceil(units / units_a_step)
-        if units_a_step * unit < 2 * group or units_a_step >= 2 * units > 8 or stages > max(2, steps):
+        if units_a_step * unit < 2 * group or units_a_step >= 2 * units > 8:
             continue
-        if splits > 1 and (gated or steps < 2 * splits or math.ceil(n / (16 * row_tiles)) > 2 * facts.sm_count):
+        if (stages - 1) * row_tiles * units_a_step * stage_bytes(
+            unit, group, zeros, gated
+        ) > facts.shared_memory_bytes - 4096:
             continue
         if quick and stages == 3 and row_tiles > 1:
             continue
         needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, gated)
-        stage = row_tiles * units_a_step * stage_bytes(unit, group, zeros, gated)
-        registers = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
-        if registers and (stages - 1) * stage <= facts.shared_memory_bytes - 4096:
-            limits = registers[1:2] or registers[:1] if quick else registers[:2]
+        for splits in (1,) if gated else sorted({1, 2, 4, 8, min(steps, 8)}):
+            a_split = math.ceil(steps / splits)
+            if (splits - 1) * a_split >= steps or stages > max(2, a_split):  # one without a step, or more than it takes
+                continue
+            blocks_per_sm = math.ceil(math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count)
+            fits = min(2048 // (blocks_per_sm * warps) // 8 * 8, 255)  # with so many registers all fit the chip at once
+            limits = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
+            limits = limits[1:2] or limits[:1] if quick else limits[:2]
+            if splits > 1:
+                limits = [fits] if fits >= needed - 48 else []
             found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits) for limit in limits]
     return found
 

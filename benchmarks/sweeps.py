@@ -31,7 +31,7 @@ def sweep_parser(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=[], choices=PRESETS, metavar="PRESET")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--quick", action="store_true", help="a third of the configurations or less")
+    parser.add_argument("--quick", action="store_true", help="fewer configurations")
     parser.add_argument("--deadline", type=float, default=math.inf, metavar="SECONDS", help="begin no case after it")
     parser.add_argument("--out", type=Path, required=True, help="what was found, JSON")
     return parser

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from dataclasses import replace
 
 import aot
@@ -64,6 +65,42 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                     if zeros is Zeros.INTEGER and c.row_tiles > 1 and not c.is_one_step(-(-k // unit)):
                         stage *= 2
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "zeros", "gated", "at_1", "at_8", "at_16"),
+    [
+        (16384, 2048, 128, Zeros.NONE, False, (1, 1, 4, 64, 1), (2, 1, 4, 96, 1), (2, 1, 4, 128, 1)),
+        (16384, 2048, 128, Zeros.INTEGER, False, (2, 1, 4, 96, 1), (2, 1, 4, 96, 1), (2, 1, 4, 128, 1)),
+        (8192, 2048, 128, Zeros.NONE, False, (2, 2, 4, 128, 1), (2, 2, 4, 128, 1), (4, 2, 4, 248, 1)),
+        (6144, 4096, 128, Zeros.NONE, False, (1, 2, 8, 80, 1), (1, 2, 8, 80, 1), (4, 2, 8, 248, 1)),
+        (6144, 4096, 32, Zeros.NONE, False, (1, 1, 8, 80, 1), (1, 1, 8, 80, 1), (2, 1, 8, 128, 1)),
+        (2048, 8192, 128, Zeros.NONE, False, (2, 2, 8, 88, 4), (2, 2, 8, 88, 4), (2, 2, 8, 128, 4)),
+        (2048, 8192, 32, Zeros.NONE, False, (2, 2, 8, 128, 4), (2, 2, 8, 128, 4), (4, 2, 8, 255, 4)),
+        (2048, 8192, 32, Zeros.REAL, False, (1, 2, 4, 128, 4), (1, 2, 4, 128, 4), (2, 2, 4, 255, 4)),
+        (4096, 14336, 128, Zeros.NONE, False, (2, 2, 4, 128, 4), (2, 2, 4, 128, 4), (4, 2, 4, 248, 4)),
+        (4096, 14336, 32, Zeros.NONE, False, (2, 1, 4, 128, 4), (2, 1, 4, 128, 4), (2, 1, 4, 128, 4)),
+        (3584, 18944, 32, Zeros.NONE, False, (1, 1, 4, 72, 4), (1, 1, 4, 72, 4), (2, 1, 4, 128, 4)),
+        (1536, 8960, 32, Zeros.NONE, False, (1, 1, 4, 96, 6), (1, 1, 4, 96, 6), (2, 1, 4, 144, 6)),
+        (2880, 2880, 32, Zeros.NONE, False, (4, 2, 4, 168, 6), (4, 2, 4, 168, 6), (4, 2, 4, 168, 6)),
+        (2880, 2880, 32, Zeros.REAL, False, (4, 2, 4, 168, 6), (4, 2, 4, 168, 6), (4, 2, 4, 168, 6)),
+        (2048, 10944, 32, Zeros.NONE, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
+        (2048, 10944, 32, Zeros.INTEGER, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
+        (49152, 576, 32, Zeros.NONE, False, (4, 1, 4, 128, 1), (4, 1, 4, 128, 1), (4, 1, 4, 255, 1)),
+        (49152, 960, 32, Zeros.NONE, False, (2, 2, 8, 128, 1), (2, 2, 8, 128, 1), (2, 2, 8, 192, 1)),
+        (8192, 2048, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (2, 2, 4, 232, 1)),
+        (18944, 3584, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (1, 2, 4, 176, 1)),
+    ],
+    ids=str,
+)
+def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, at_8, at_16):
+    """Of the sweeps in docs/notes/int4-gemm.md: (row_tiles, warp_units, warps, max_registers, splits)."""
+    for m, expected in ((1, at_1), (8, at_8), (16, at_16)):
+        c = pick_decode_config(m, n, k, group_size, zeros, H100, gated=gated)
+        assert (c.row_tiles, c.warp_units, c.warps, c.max_registers, c.splits) == expected
+        blocks_per_sm = math.ceil(math.ceil(n / (16 * c.row_tiles)) * c.splits / H100.sm_count)
+        if c.splits > 1 and m <= 8:
+            assert blocks_per_sm * c.warps * 32 * c.max_registers <= 2**16, "all fit the chip at once"
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP, MI250X], ids=lambda f: f.name)
@@ -144,7 +181,7 @@ def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_p
 
 @pytest.mark.parametrize(
     "change",
-    [{"splits": 0}, {"splits": 3}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
+    [{"splits": 0}, {"splits": 9}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
     + [{"max_registers": 1000}, {"gated": "no"}, {"k": None}, {"n": 0}, {"group_size": [128]}, {"warps": True}],
     ids=str,
 )

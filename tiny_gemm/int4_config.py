@@ -3,6 +3,7 @@
 import dataclasses
 import enum
 import json
+import math
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -205,9 +206,7 @@ def pick_decode_config(
         warp_units, warps, splits, row_tiles = blocks
     else:
         warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
-    if warp_units > 1 and (groups > 1 or zeros is Zeros.REAL):  # scales and zeros take registers
-        row_tiles = min(row_tiles, 2)
-    if zeros is Zeros.INTEGER:  # with more, registers are moved to memory
+    if zeros is Zeros.INTEGER and not (unit == 64 and splits > 1):  # with more, registers are moved to memory
         row_tiles = min(row_tiles, 2)
     config = DecodeConfig(row_tiles, warp_units, warps, 2, 0, splits)
     one_step = config.is_one_step(units)
@@ -219,13 +218,15 @@ def pick_decode_config(
     limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, zeros, gated)
     if limit == 136:  # a little less does, and one block more fits an SM
         limit = 128
-    if facts.is_nvidia and zeros is Zeros.INTEGER:  # a little less does, if all blocks then fit the chip at once
-        blocks_per_sm = triton.cdiv(triton.cdiv(n, TILE_N * row_tiles) * splits, facts.sm_count)
-        fits = 2048 // (blocks_per_sm * warps) // 8 * 8
-        limit = fits if limit - 24 <= fits < limit else limit
+    blocks_per_sm = triton.cdiv(triton.cdiv(n, TILE_N * row_tiles) * splits, facts.sm_count)
+    fits = 2048 // (blocks_per_sm * warps) // 8 * 8  # with so many all blocks fit the chip at once
+    if facts.is_nvidia and limit - (48 if splits > 1 else 24) <= fits < limit:  # a little less does
+        limit = fits
+    if splits > 1 and one_step:
+        limit = min(limit, max(fits, 128))
+    elif splits > 1:  # with more, x is asked for sooner
+        limit = max(limit, min(fits, 128))
     limit = min(limit, 2048 // warps // 8 * 8)
-    if one_step and splits > 1:  # all of them at once
-        limit = min(limit, 128)
     if one_step and m <= 8 and groups == 1 and not gated:  # what counts is how soon the next kernel's blocks find room
         limit = min(limit, 64 if warps == 16 else 88 if warps == 8 and zeros is Zeros.NONE else limit)
     return dataclasses.replace(config, row_tiles=row_tiles, max_registers=limit)
@@ -236,40 +237,78 @@ def _decode_blocks(
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
-    Swept on an H200, 2026-11-28, groups of 32 and 64 on 2026-11-29: see docs/notes/int4-gemm.md. What decides is that
-    all blocks fit the chip at once, scales and zeros taking registers, and that they are many.
+    Swept on an H200, 2026-11-28 to 30: see docs/notes/int4-gemm.md. What decides is that all blocks fit the chip at
+    once, scales and zeros taking registers, and that they are many.
     """
     few, real_zeros = m <= 8, zeros is Zeros.REAL
-    if unit == 64 and units >= 32 and tiles_per_sm <= 2 and not gated:
-        return 1, 4, 4, 1 if m == 1 else 2
-    if unit == 64:  # small models: all of K in one step, if it is not more than 1,024
-        return 2, 8, 1, 1 if tiles_per_sm <= 4 or gated else 2
+    if unit == 64:
+        return _blocks_of_narrow_units(few, units, tiles_per_sm, groups, zeros, gated)
     if gated:
-        return 2 if groups <= 2 else 1, 4, 1, 1
+        one_wave = 2 * math.ceil(tiles_per_sm / 4) <= math.ceil(tiles_per_sm / 2)  # no more of them, of two an SM
+        pairs = not few and one_wave and groups == 1 and zeros is Zeros.NONE
+        return 2 if groups <= 2 else 1, 4, 1, 2 if pairs else 1
     if units <= 16 and tiles_per_sm <= 3:  # one step
         wide = tiles_per_sm > (0.75 if groups == 1 and zeros is Zeros.NONE else 1)
         return 2, 8, 1, 2 if wide or not few else 1
+    if (
+        units <= 16 and 4 < tiles_per_sm <= 8 and not real_zeros
+    ):  # eight blocks fit an SM, or four of twice as many rows
+        return 1, 4, 1, 1 if m == 1 and groups <= 2 and zeros is Zeros.NONE else 2
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
-    if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros and groups == 1:  # one step of each split
-        return 2, 8, triton.cdiv(units, 16), 2
+    if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros:  # one step of each split
+        return 2, 8, triton.cdiv(units, 16), 2 if few or groups == 1 else 4
     if groups > 2 and real_zeros and tiles_per_sm <= 2:
+        if units >= 64 and tiles_per_sm <= 1:
+            return 2, 4, 4, 1 if few else 2
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
-        if groups > 2 or real_zeros:
+        if real_zeros:
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
+        if groups > 2 or (groups > 1 and units > 96):
+            return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
         if tiles_per_sm > 1:
-            return 2, 4, 4, 2 if few else 4
+            return 2, 4, 4, 2 if few or groups > 1 else 4
         return 2, 4, 4, 1 if m == 1 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
-        return 2, 8, 1, 2 if few else 4
+        return 2, 8, 1, (1 if zeros is Zeros.NONE else 2) if few else 4
     if tiles_per_sm <= 3 and not real_zeros:
-        return 1, 8, 1, 1 if few else 2 if groups == 2 else 4
+        return 1, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3:
         return 2, 4, 1, 1 if few else 2
-    return 2 if groups <= 2 else 1, 4, 1, 2 if few else 4
+    if groups > 2:
+        return 1, 4, 1, 2 if few or (tiles_per_sm <= 4 and not real_zeros) else 4
+    return 2, 4, 1, 2 if few or groups > 1 or real_zeros else 4
+
+
+def _blocks_of_narrow_units(
+    few: bool, units: int, tiles_per_sm: float, groups: int, zeros: Zeros, gated: bool
+) -> tuple[int, int, int, int]:
+    """_decode_blocks of units of 64 columns."""
+    if units >= 32 and tiles_per_sm <= 2 and not gated:
+        steps = triton.cdiv(units, 8)
+        if steps <= 8:  # one step of each split
+            return 2, 4, steps, 4
+        splits, row_tiles = _long_rows(few, steps, tiles_per_sm)
+        return 2, 4, splits, row_tiles if few else 4
+    if units <= 12 and groups > 1 and zeros is Zeros.NONE and tiles_per_sm > 4 and not gated:  # a small vocabulary
+        return 1, 4, 1, 4
+    # all of K in one step, if it is at most 1,024
+    return 2, 8, 1, 1 if tiles_per_sm <= 4 or gated else 2
+
+
+def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
+    """(splits, row_tiles) where K is many steps of 512 columns, of 4 warps each, and N at most two row tiles an SM."""
+    splits = min(8 if tiles_per_sm <= 1 else 4, steps)
+    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is left without a step
+
+    def filled(row_tiles: int) -> float:
+        blocks_per_sm = tiles_per_sm * splits / row_tiles
+        return blocks_per_sm / math.ceil(blocks_per_sm)
+
+    return splits, 1 if few and filled(1) > 1.1 * filled(2) else 2
 
 
 def stage_bytes(unit: int, group_size: int, zeros: Zeros, gated: bool) -> int:
@@ -321,8 +360,8 @@ def _table_key(gpu: str, entry: dict) -> tuple:
 
 def _table_config(entry: dict) -> DecodeConfig:
     values = {f.name: entry[f.name] for f in dataclasses.fields(DecodeConfig)}
-    allowed = {"row_tiles": (1, 2, 4), "warp_units": (1, 2), "warps": (1, 2, 4, 8, 16), "splits": (1, 2, 4, 8)}
-    allowed |= {"stages": range(1, 9), "max_registers": range(16, 256)}
+    allowed = {"row_tiles": (1, 2, 4), "warp_units": (1, 2), "warps": (1, 2, 4, 8, 16)}
+    allowed |= {"stages": range(1, 9), "max_registers": range(16, 256), "splits": range(1, 9)}
     for name, values_of in allowed.items():
         if type(values[name]) is not int or values[name] not in values_of:
             raise ValueError(f"{name}={values[name]!r} must be one of {list(values_of)[:5]} ...")
