@@ -122,7 +122,7 @@ def test_unpack_gives_every_value(plane, rows, zero, dtype, device):
 @pytest.mark.interp
 @pytest.mark.parametrize(
     "config",
-    [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1), (1, 1, 2, 4)],
+    [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1), (1, 1, 2, 4), (4, 1, 2, 6)],
     ids=str,
 )
 @pytest.mark.parametrize(
