@@ -29,6 +29,7 @@ from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
 from tiny_gemm.device import DeviceFacts, device_facts
 from tiny_gemm.int4_config import (
+    CLUSTERS_FILL,
     DECODE_ROWS,
     PREFILL_BLOCKS,
     DecodeConfig,
@@ -76,17 +77,23 @@ def candidates(
         if quick and stages == 3 and row_tiles > 1:
             continue
         needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, gated)
-        for splits in (1,) if gated else sorted({1, 2, 4, 8, min(steps, 8)}):
+        for splits in (1,) if gated else sorted({1, 2, 3, 4, 6, 8, min(steps, 8)}):
             a_split = math.ceil(steps / splits)
             if (splits - 1) * a_split >= steps or stages > max(2, a_split):  # one without a step, or more than it takes
                 continue
-            blocks_per_sm = math.ceil(math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count)
-            fits = min(2048 // (blocks_per_sm * warps) // 8 * 8, 255)  # with so many registers all fit the chip at once
             limits = [r for r in REGISTERS if r >= needed - 24 and r * warps * 32 <= 65536]
             limits = limits[1:2] or limits[:1] if quick else limits[:2]
-            if splits > 1:
-                limits = [fits] if fits >= needed - 48 else []
-            found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits) for limit in limits]
+            if splits == 1:
+                found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit) for limit in limits]
+                continue
+            blocks_per_sm = math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count
+            one_step_on_hopper = a_split == 1 and facts.capability == (9, 0)
+            for cluster, filled in ((False, 1.0), (True, CLUSTERS_FILL)) if one_step_on_hopper else ((False, 1.0),):
+                # With so many registers all fit the chip at once.
+                fits = min(2048 // (math.ceil(blocks_per_sm / filled) * warps) // 8 * 8, 255)
+                if fits >= needed - 96:
+                    limit = min(fits, max(needed, 128))
+                    found.append(DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits, cluster))
     return found
 
 

@@ -19,9 +19,11 @@ from tiny_gemm.int4_config import (
     SplitConfig,
     Zeros,
     dequantizes,
+    groups_a_unit,
     pick_config,
     pick_decode_config,
     read_table,
+    registers_needed,
     stage_bytes,
 )
 from tiny_gemm.quantize_utils import unit_k
@@ -58,7 +60,16 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                 pick_decode_config(m, 16 * tiles, k, group_size, zeros, facts, gated=gated) for m in (1, 2, 8, 9, 16)
             ]
             assert len({c.cut for c in configs}) == 1
-            for c in configs:
+            for m, c in zip((1, 2, 8, 9, 16), configs, strict=True):
+                blocks_per_sm = math.ceil(tiles / c.row_tiles) * c.splits / facts.sm_count
+                if c.cluster:
+                    assert c.is_one_step(-(-k // unit)) and 1 < c.splits <= 8
+                    assert blocks_per_sm < 0.8 * (2048 // (c.warps * c.max_registers)), "clusters find room"
+                if facts.is_nvidia and c.splits > 1 and c.max_registers < 255:
+                    needed = registers_needed(
+                        c.row_tiles, c.warp_units, 1 if m <= 8 else 2, groups_a_unit(group_size, k), zeros, gated
+                    )
+                    assert needed - c.max_registers <= 120, "few registers are moved to memory"
                 assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
@@ -75,32 +86,40 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
         (8192, 2048, 128, Zeros.NONE, False, (2, 2, 4, 128, 1), (2, 2, 4, 128, 1), (4, 2, 4, 248, 1)),
         (6144, 4096, 128, Zeros.NONE, False, (1, 2, 8, 80, 1), (1, 2, 8, 80, 1), (4, 2, 8, 248, 1)),
         (6144, 4096, 32, Zeros.NONE, False, (1, 1, 8, 80, 1), (1, 1, 8, 80, 1), (2, 1, 8, 128, 1)),
-        (2048, 8192, 128, Zeros.NONE, False, (2, 2, 8, 88, 4), (2, 2, 8, 88, 4), (2, 2, 8, 128, 4)),
-        (2048, 8192, 32, Zeros.NONE, False, (2, 2, 8, 128, 4), (2, 2, 8, 128, 4), (4, 2, 8, 255, 4)),
         (2048, 8192, 32, Zeros.REAL, False, (1, 2, 4, 128, 4), (1, 2, 4, 128, 4), (2, 2, 4, 255, 4)),
         (4096, 14336, 128, Zeros.NONE, False, (2, 2, 4, 128, 4), (2, 2, 4, 128, 4), (4, 2, 4, 248, 4)),
         (4096, 14336, 32, Zeros.NONE, False, (2, 1, 4, 128, 4), (2, 1, 4, 128, 4), (2, 1, 4, 128, 4)),
         (3584, 18944, 32, Zeros.NONE, False, (1, 1, 4, 72, 4), (1, 1, 4, 72, 4), (2, 1, 4, 128, 4)),
         (1536, 8960, 32, Zeros.NONE, False, (1, 1, 4, 96, 6), (1, 1, 4, 96, 6), (2, 1, 4, 144, 6)),
-        (2880, 2880, 32, Zeros.NONE, False, (4, 2, 4, 168, 6), (4, 2, 4, 168, 6), (4, 2, 4, 168, 6)),
-        (2880, 2880, 32, Zeros.REAL, False, (4, 2, 4, 168, 6), (4, 2, 4, 168, 6), (4, 2, 4, 168, 6)),
         (2048, 10944, 32, Zeros.NONE, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
         (2048, 10944, 32, Zeros.INTEGER, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
         (49152, 576, 32, Zeros.NONE, False, (4, 1, 4, 128, 1), (4, 1, 4, 128, 1), (4, 1, 4, 255, 1)),
         (49152, 960, 32, Zeros.NONE, False, (2, 2, 8, 128, 1), (2, 2, 8, 128, 1), (2, 2, 8, 192, 1)),
         (8192, 2048, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (2, 2, 4, 232, 1)),
         (18944, 3584, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (1, 2, 4, 176, 1)),
+        # clusters
+        (4096, 4096, 128, Zeros.NONE, False, (4, 2, 4, 168, 4, True), (4, 2, 4, 168, 4, True), (4, 2, 4, 168, 4, True)),
+        (4096, 4096, 32, Zeros.NONE, False, (2, 2, 4, 96, 4, True), (2, 2, 4, 96, 4, True), (4, 2, 4, 255, 4)),
+        (2048, 8192, 128, Zeros.NONE, False, (4, 2, 4, 168, 8, True), (4, 2, 4, 168, 8, True), (4, 2, 4, 168, 8, True)),
+        (2048, 8192, 32, Zeros.NONE, False, (2, 2, 4, 96, 8, True), (2, 2, 4, 96, 8, True), (4, 2, 4, 255, 8)),
+        (2048, 6144, 128, Zeros.NONE, False, (2, 2, 4, 128, 6, True), (2, 2, 4, 128, 6, True), (2, 2, 4, 128, 6, True)),
+        (3072, 3072, 128, Zeros.NONE, False, (2, 2, 4, 128, 3, True), (2, 2, 4, 128, 3, True), (2, 2, 4, 168, 3, True)),
+        (5120, 5120, 128, Zeros.NONE, False, (4, 2, 4, 128, 5, True), (4, 2, 4, 128, 5, True), (4, 2, 4, 248, 5)),
+        (1536, 8960, 128, Zeros.NONE, False, (2, 2, 8, 80, 5, True), (2, 2, 8, 80, 5, True), (2, 2, 8, 128, 5)),
+        (896, 4864, 128, Zeros.NONE, False, (2, 2, 4, 128, 5, True), (2, 2, 4, 128, 5, True), (2, 2, 4, 184, 5, True)),
+        (512, 2880, 32, Zeros.NONE, False, (1, 2, 4, 112, 6, True), (1, 2, 4, 112, 6, True), (1, 2, 4, 152, 6, True)),
+        (2880, 2880, 32, Zeros.NONE, False, (4, 2, 4, 168, 6, True), (4, 2, 4, 168, 6, True), (4, 2, 4, 168, 6, True)),
+        (2880, 2880, 32, Zeros.REAL, False, (4, 2, 4, 168, 6, True), (4, 2, 4, 168, 6, True), (4, 2, 4, 168, 6, True)),
     ],
     ids=str,
 )
 def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, at_8, at_16):
-    """Of the sweeps in docs/notes/int4-gemm.md: (row_tiles, warp_units, warps, max_registers, splits)."""
+    """Of the sweeps in docs/notes/int4-gemm.md: (row_tiles, warp_units, warps, max_registers, splits, cluster)."""
     for m, expected in ((1, at_1), (8, at_8), (16, at_16)):
+        row_tiles, warp_units, warps, registers, *splits = expected
         c = pick_decode_config(m, n, k, group_size, zeros, H100, gated=gated)
-        assert (c.row_tiles, c.warp_units, c.warps, c.max_registers, c.splits) == expected
-        blocks_per_sm = math.ceil(math.ceil(n / (16 * c.row_tiles)) * c.splits / H100.sm_count)
-        if c.splits > 1 and m <= 8:
-            assert blocks_per_sm * c.warps * 32 * c.max_registers <= 2**16, "all fit the chip at once"
+        assert c == DecodeConfig(row_tiles, warp_units, warps, 2, registers, *splits)
+        assert not pick_decode_config(m, n, k, group_size, zeros, SMALL_CHIP, gated=gated).cluster
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP, MI250X], ids=lambda f: f.name)
@@ -167,8 +186,10 @@ def test_rows_from_which_weights_are_dequantized(zeros):
         ([{}, {"splits": 2}], r"2048x4096 needs entries of one"),
         ([{"warp_units": 1, "warps": 1}] * 2, "a step is two groups or more"),
         ([{"gated": True, "splits": 2}] * 2, "a gated pair is not split"),
+        ([{}, {"cluster": True}], "a cluster is of splits of one step each"),
+        ([{"warp_units": 1, "warps": 4, "splits": 3, "cluster": True}] * 2, "a cluster is of splits of one step each"),
     ],
-    ids=["no-16", "two-cuts", "two-splits", "half-a-pair", "gated-split"],
+    ids=["no-16", "two-cuts", "two-splits", "half-a-pair", "gated-split", "no-splits", "two-steps"],
 )
 def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_path):
     config = {"row_tiles": 1, "warp_units": 2, "warps": 8, "stages": 2, "max_registers": 96, "splits": 1}
@@ -179,10 +200,27 @@ def test_a_table_that_would_cut_k_in_two_ways_is_refused(changes, message, tmp_p
         read_table(tmp_path / "t.json")
 
 
+def test_a_table_may_have_clusters(tmp_path):
+    block = {"row_tiles": 4, "warp_units": 2, "warps": 4, "stages": 2, "max_registers": 168, "splits": 4}
+    shape = {"k": 4096, "n": 4096, "group_size": 128, "gated": False}
+    entries = [{**shape, **block, "rows": 8, "cluster": True}, {**shape, **block, "rows": 16}]
+    (tmp_path / "t.json").write_text(json.dumps({"gpu": H100.name, "entries": entries}))
+    found = [DecodeConfig(**block, cluster=True), DecodeConfig(**block)]
+    assert list(read_table(tmp_path / "t.json").values()) == found
+
+
 @pytest.mark.parametrize(
     "change",
     [{"splits": 0}, {"splits": 9}, {"warps": "8"}, {"warps": 32}, {"row_tiles": -1}, {"warp_units": 4}, {"stages": 0}]
-    + [{"max_registers": 1000}, {"gated": "no"}, {"k": None}, {"n": 0}, {"group_size": [128]}, {"warps": True}],
+    + [
+        {"max_registers": 1000},
+        {"gated": "no"},
+        {"k": None},
+        {"n": 0},
+        {"group_size": [128]},
+        {"warps": True},
+        {"cluster": 1},
+    ],
     ids=str,
 )
 def test_a_table_of_blocks_that_do_not_exist_is_refused(change, tmp_path):

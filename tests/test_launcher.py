@@ -273,6 +273,20 @@ def test_constexprs_streams_and_grids_are_told_apart(chip, ordinary_launches):
     assert RecordingLauncher.calls[-1][:5] == (5, 6, 7, 8, 1) and len(ordinary_launches) == 2
 
 
+@pytest.mark.aot
+@pytest.mark.parametrize("is_watched_first", [False, True])
+@every_way
+def test_clusters_are_launched_whichever_way_is_taken(chip, monkeypatch, way, is_watched_first):
+    """The short cut and, while somebody watches, Triton's own way: clusters of four each time."""
+    grid, tensors, scalars, _ = make(CASES["aligned"])
+    launch = scale(way, grid, scalars, cluster=4)
+    for is_watched in (is_watched_first, not is_watched_first, False, False):
+        monkeypatch.setattr(_scale_kernel, "pre_run_hooks", [lambda *args, **kwargs: None] * is_watched)
+        launch(tensors)
+    assert [call[:3] for call in RecordingLauncher.calls] == [grid] * 4
+    assert [call[9] for call in RecordingLauncher.calls] == [(4, 4, 0)] * 4, "warps, blocks of a cluster, shared memory"
+
+
 class On:
     """A tensor that says that it is on a device."""
 

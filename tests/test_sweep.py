@@ -43,6 +43,7 @@ def test_candidates_can_be_launched(k, group_size, m, gated, quick):
         assert (c.stages - 1) * (1 + gated) * 16 * c.row_tiles * step // 2 < facts.shared_memory_bytes
         steps = -(-k // step)
         assert c.splits == 1 or (not gated and (c.splits - 1) * -(-steps // c.splits) < steps), "each split has a step"
+        assert not c.cluster or steps <= c.splits <= 8, "a cluster's splits are of one step"
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -61,7 +62,7 @@ def test_candidates_for_many_rows(k, n, m, quick):
 def test_each_kind_of_configuration_is_explained():
     names = sweep_int4_gemm.names_of([A, SplitConfig(64, 64, 1, 4, 3), B])
     assert names == [
-        "DecodeConfig: row_tiles, warp_units, warps, stages, max_registers, splits",
+        "DecodeConfig: row_tiles, warp_units, warps, stages, max_registers, splits, cluster",
         "SplitConfig: block_n, block_m, splits, num_warps, stages",
     ]
 

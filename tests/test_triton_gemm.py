@@ -14,7 +14,7 @@ from conftest import INTERPRETED, assert_close
 from int4_weights import every_kind_of_zeros, quantized
 from test_int4_config import H100, SMALL_CHIP
 
-from tiny_gemm import int4_config, triton_gemm
+from tiny_gemm import int4_config, triton_cluster, triton_gemm
 from tiny_gemm.device import device_facts
 from tiny_gemm.int4_config import DecodeConfig, PrefillConfig, SplitConfig, Zeros
 from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize
@@ -339,6 +339,31 @@ def compile_gemm(target, name, dtype="bf16"):
     if activation:
         signature |= {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros}
     return aot.compile_launch(launch.launcher, target, signature, unaligned=("M", "N") if n % 16 else ("M",))
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    ("n", "k", "group_size", "m"),
+    [(4096, 4096, 128, 1), (4096, 4096, 128, 16), (2048, 8192, 32, 8), (1536, 8960, 128, 1), (512, 2880, 32, 1)]
+    + [(2880, 2880, 32, 16), (896, 4864, 128, 9)],
+    ids=str,
+)
+def test_clusters_send_what_is_waited_for(n, k, group_size, m):
+    """Bytes that never come would be waited for for ever: how often a thread sends depends on Triton's layouts."""
+    facts = aot.device_facts("sm_90")
+    launch = triton_gemm.plan(m, n, k, group_size, Zeros.NONE, facts)
+    assert launch.launcher.cluster > 1 and not launch.partials and not launch.arrivals
+    signature = {"x_ptr": "*bf16", "w_ptr": "*i16", "s_ptr": "*fp16", "y_ptr": "*bf16"}
+    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+    compiled = aot.compile_launch(launch.launcher, "sm_90", signature, unaligned=("M",))
+    aot.check(compiled, vector_loads=k % 128 == 0, may_spill=True)
+    assert compiled.spills <= 16
+    meta, size = launch.launcher.meta, launch.launcher.cluster
+    elements, threads = 16 * meta["ROW_TILES"] * 8 * meta["X_TILES"], 32 * meta["num_warps"]
+    sent = 4 * threads * len(re.findall(r"\bSTAS\b", compiled.assembly))  # by one block, to all that add
+    adders = triton_cluster.cluster_adders(size)
+    assert size * sent == adders * triton_cluster._expected_bytes(size, elements, adders, threads)
+    assert compiled.static_shared_memory == 4 * triton_cluster.cluster_words(size, elements, adders)
 
 
 # How many moves of registers to memory there may be: where they cost less than a block less on an SM.
@@ -739,18 +764,67 @@ def check_graph_of(chain, x):
 
 
 @pytest.mark.gpu
-def test_each_kernel_of_a_chain_waits_for_the_one_before():
-    """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written."""
-    weights = [quantize(torch.randn(2048, 2048, device="cuda") / 45, 128) for _ in range(8)]
-    x = torch.zeros(1, 2048, device="cuda", dtype=torch.bfloat16)
+@pytest.mark.parametrize("sizes", [(2048, 2048), (4096, 4096), (2048, 8192), (2048, 4096, 3072)], ids=str)
+def test_each_kernel_of_a_chain_waits_for_the_one_before(sizes):
+    """Dependent launch: in a graph of GEMMs that feed each other, none may read x before it is written. From 4096 on
+    they are clusters on Hopper."""
+    sizes = (sizes * 8)[:9]
+    weights = [quantize(torch.randn(n, k, device="cuda") / k**0.5, 128) for k, n in zip(sizes, sizes[1:], strict=False)]
+    x = torch.zeros(1, sizes[0], device="cuda", dtype=torch.bfloat16)
 
     def chain(y, wait=lambda: None):
         for w in weights:
-            y = triton_gemm.int4_gemm(y, w.packed, w.scales, None, None, 128, 2048)
+            y = triton_gemm.int4_gemm(y, w.packed, w.scales, None, None, 128, w.shape[0])
             wait()
         return y
 
     check_graph_of(chain, x)
+
+
+CLUSTERS = [  # n, k, group_size
+    *[(4096, 4096, 128), (4096, 4096, 32), (2048, 8192, 128), (2048, 6144, 64), (3072, 3072, 128), (1536, 8960, 128)],
+    *[(2880, 2880, 32), (512, 2880, 32), (1000, 4864, 128), (33, 4064, 32), (5120, 5120, 128)],
+]
+
+
+@pytest.mark.gpu
+@every_kind_of_zeros
+@pytest.mark.parametrize("m", [1, 3, 8, 9, 16])
+@pytest.mark.parametrize(("n", "k", "group_size"), CLUSTERS, ids=str)
+def test_a_cluster_gives_the_bits_that_memory_gives(n, k, group_size, m, zeros, poisoned):
+    """The sum over splits in shared memory and in L2; and the oracle."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters are for Hopper")
+    config = triton_gemm.pick_config(m, n, k, group_size, zeros, H100)
+    if not config.cluster:
+        assert m > 8 or zeros is not Zeros.NONE  # more registers, or another cut
+        pytest.skip("no clusters here: nothing to compare")
+    y, oracle = run(m, n, k, group_size, zeros, torch.bfloat16, "cuda")
+    assert_close(y, oracle)
+    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    args = x, weight.packed, weight.scales, weight.zeros, None, group_size, n
+    y = triton_gemm.int4_gemm(*args, config)
+    assert torch.equal(y, triton_gemm.int4_gemm(*args, dataclasses.replace(config, cluster=False)))
+    assert all(torch.equal(y, triton_gemm.int4_gemm(*args, config)) for _ in range(100))
+
+
+@pytest.mark.gpu
+def test_a_cluster_is_one_in_front_of_a_launch_hook_too():
+    """A profiler's hook has each launch go by Triton, which is told of the cluster as well."""
+    from triton import knobs
+
+    weight = quantize(torch.randn(2048, 8192, device="cuda"), 128)
+    x = torch.randn(4, 8192, device="cuda", dtype=torch.bfloat16)
+    args = x, weight.packed, weight.scales, None, None, 128, 2048
+    y, names = triton_gemm.int4_gemm(*args), []
+    hook = lambda metadata: names.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        watched = triton_gemm.int4_gemm(*args)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert names == ["_int4_decode_kernel"] and torch.equal(y, watched)
 
 
 @pytest.mark.gpu

@@ -30,7 +30,8 @@ class Zeros(enum.Enum):
 class DecodeConfig:
     """A block takes 16 * row_tiles rows of W and a `splits`-th of K; a step is `warp_units` units of K for each of its
     `warps` warps. stages: one more than the steps whose weights are on their way in shared memory.
-    max_registers: a thread may have so many. How K is cut, which is warp_units, warps and splits, decides the bits."""
+    max_registers: a thread may have so many. How K is cut, which is warp_units, warps and splits, decides the bits.
+    cluster: the splits of a row tile, of one step each, are a cluster of blocks, where the chip has those."""
 
     row_tiles: int
     warp_units: int
@@ -38,6 +39,7 @@ class DecodeConfig:
     stages: int
     max_registers: int
     splits: int = 1
+    cluster: bool = False
 
     @property
     def cut(self) -> tuple[int, int, int]:
@@ -200,14 +202,16 @@ def pick_decode_config(
     unit = unit_k(k)
     units = triton.cdiv(k, unit)
     groups = groups_a_unit(group_size, k)
-    if facts.is_nvidia:
-        tiles_per_sm = triton.cdiv(n, TILE_N) / facts.sm_count
-        blocks = _decode_blocks(m, unit, units, tiles_per_sm, groups, zeros, gated)
-        warp_units, warps, splits, row_tiles = blocks
-    else:
-        warp_units, warps, splits, row_tiles = 2, min(4, triton.next_power_of_2(triton.cdiv(units, 2))), 1, 1
-    if zeros is Zeros.INTEGER and not (unit == 64 and splits > 1):  # with more, registers are moved to memory
-        row_tiles = min(row_tiles, 2)
+    tiles = triton.cdiv(n, TILE_N)
+    if not facts.is_nvidia:
+        warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
+        return DecodeConfig(1, 2, warps, 2, registers_needed(1, 2, 1 if m <= 8 else 2, groups, zeros, gated))
+    if facts.capability == (9, 0) and not gated:
+        config = _cluster_config(m, tiles, unit, units, groups, zeros, facts.sm_count)
+        if config is not None:
+            return config
+    blocks = _decode_blocks(m, unit, units, tiles / facts.sm_count, groups, zeros, gated)
+    warp_units, warps, splits, row_tiles = blocks
     config = DecodeConfig(row_tiles, warp_units, warps, 2, 0, splits)
     one_step = config.is_one_step(units)
     tile_bytes = stage_bytes(unit, group_size, zeros, gated) * warps * warp_units
@@ -215,21 +219,82 @@ def pick_decode_config(
         tile_bytes *= 2
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
-    limit = registers_needed(row_tiles, warp_units, 1 if m <= 8 else 2, groups, zeros, gated)
-    if limit == 136:  # a little less does, and one block more fits an SM
-        limit = 128
-    blocks_per_sm = triton.cdiv(triton.cdiv(n, TILE_N * row_tiles) * splits, facts.sm_count)
-    fits = 2048 // (blocks_per_sm * warps) // 8 * 8  # with so many all blocks fit the chip at once
-    if facts.is_nvidia and limit - (48 if splits > 1 else 24) <= fits < limit:  # a little less does
+    config = dataclasses.replace(config, row_tiles=row_tiles)
+    limit = _register_limit(config, m, tiles, one_step, groups, zeros, gated, facts.sm_count)
+    return dataclasses.replace(config, max_registers=limit)
+
+
+def _register_limit(
+    config: DecodeConfig, m: int, tiles: int, one_step: bool, groups: int, zeros: Zeros, gated: bool, sms: int
+) -> int:
+    """How many registers a thread may have: what it needs, or a little less where all blocks then fit the chip at once
+    (a few moves to memory cost less than a second wave)."""
+    x_tiles = 1 if m <= 8 else 2
+    needed = registers_needed(config.row_tiles, config.warp_units, x_tiles, groups, zeros, gated)
+    limit = 128 if needed == 136 else needed
+    blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
+    fits = 2048 // (blocks_per_sm * config.warps) // 8 * 8
+    little = 48 if config.splits > 1 else 24
+    if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
         limit = fits
-    if splits > 1 and one_step:
+    if config.splits > 1 and one_step:
         limit = min(limit, max(fits, 128))
-    elif splits > 1:  # with more, x is asked for sooner
+    elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
-    limit = min(limit, 2048 // warps // 8 * 8)
+    limit = min(limit, 2048 // config.warps // 8 * 8)
     if one_step and m <= 8 and groups == 1 and not gated:  # what counts is how soon the next kernel's blocks find room
-        limit = min(limit, 64 if warps == 16 else 88 if warps == 8 and zeros is Zeros.NONE else limit)
-    return dataclasses.replace(config, row_tiles=row_tiles, max_registers=limit)
+        if config.warps == 16:
+            limit = min(limit, 64)
+        elif config.warps == 8 and zeros is Zeros.NONE:
+            limit = min(limit, 88)
+    return limit
+
+
+CLUSTERS_FILL = 0.78  # of the chip at most: of blocks that must find room together, more come in two waves
+
+
+def _cluster_config(
+    m: int, tiles: int, unit: int, units: int, groups: int, zeros: Zeros, sms: int
+) -> DecodeConfig | None:
+    """One step of each split of K, with all weights in registers when x comes, and the splits of a row tile a cluster.
+    None where K is one step of one block or more than 8 steps, and where the blocks would not find room together.
+
+    Whether there is one, and how K is cut, does not depend on m. Swept on an H200, 2026-11-30: see
+    docs/notes/int4-gemm.md.
+    """
+    if units * unit <= 2048 or (zeros is Zeros.REAL and unit != 64):
+        return None
+    splits, warps = triton.cdiv(units, 8), 4
+    if splits > 8 and groups == 1:
+        splits, warps = triton.cdiv(units, 16), 8
+    if splits > 8:
+        return None
+    work = tiles * splits / sms
+    small_groups = groups > 1 and unit == 128
+    row_tiles = 2 if 2 < work <= 6 or warps == 8 else 1 if work <= 2 else 4  # one to three blocks an SM
+    few_tiles = 2 if small_groups and row_tiles == 4 else row_tiles  # five, for they have more scales to load
+
+    def registers(row_tiles: int, x_tiles: int, filled: float, little: int) -> int | None:
+        """With how many the blocks fill so much of the chip; None where that is more than a little less than needed."""
+        needed = registers_needed(row_tiles, 2, x_tiles, groups, zeros, False)
+        blocks_per_sm = triton.cdiv(tiles, row_tiles) * splits / sms
+        fits = 2048 // (math.ceil(blocks_per_sm / filled) * warps) // 8 * 8
+        return min(needed, fits) if needed - little <= fits else None
+
+    # registers_needed thinks of units of 128, and of integer zeros too little.
+    little = 64 if unit == 64 else 56 if zeros is Zeros.NONE else 24
+    limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
+    if limit is None or (units <= 32 and unit == 128 and few_tiles == 4 and limit < 168):
+        return None
+    if m <= 8:
+        return DecodeConfig(few_tiles, 2, warps, 2, limit, splits, cluster=True)
+    little = 96 if unit == 64 else 88 if zeros is Zeros.NONE and groups == 1 else 56
+    limit = registers(row_tiles, 2, CLUSTERS_FILL, little)
+    if limit is not None:
+        return DecodeConfig(row_tiles, 2, warps, 2, limit, splits, cluster=True)
+    # So many registers leave no room for clusters: the same splits, through memory.
+    limit = registers(row_tiles, 2, 1.0, 96) or registers_needed(row_tiles, 2, 2, groups, zeros, False)
+    return DecodeConfig(row_tiles, 2, warps, 2, min(limit, 2048 // warps // 8 * 8, 255), splits)
 
 
 def _decode_blocks(
@@ -243,6 +308,7 @@ def _decode_blocks(
     few, real_zeros = m <= 8, zeros is Zeros.REAL
     if unit == 64:
         return _blocks_of_narrow_units(few, units, tiles_per_sm, groups, zeros, gated)
+    most_tiles = 2 if zeros is Zeros.INTEGER else 4  # with more, registers are moved to memory
     if gated:
         one_wave = 2 * math.ceil(tiles_per_sm / 4) <= math.ceil(tiles_per_sm / 2)  # no more of them, of two an SM
         pairs = not few and one_wave and groups == 1 and zeros is Zeros.NONE
@@ -250,14 +316,13 @@ def _decode_blocks(
     if units <= 16 and tiles_per_sm <= 3:  # one step
         wide = tiles_per_sm > (0.75 if groups == 1 and zeros is Zeros.NONE else 1)
         return 2, 8, 1, 2 if wide or not few else 1
-    if (
-        units <= 16 and 4 < tiles_per_sm <= 8 and not real_zeros
-    ):  # eight blocks fit an SM, or four of twice as many rows
+    if units <= 16 and 4 < tiles_per_sm <= 8 and not real_zeros:
+        # One wave: eight blocks fit an SM, or four of twice as many rows.
         return 1, 4, 1, 1 if m == 1 and groups <= 2 and zeros is Zeros.NONE else 2
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
     if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros:  # one step of each split
-        return 2, 8, triton.cdiv(units, 16), 2 if few or groups == 1 else 4
+        return 2, 8, triton.cdiv(units, 16), 2 if few or groups == 1 or tiles_per_sm <= 0.5 else most_tiles
     if groups > 2 and real_zeros and tiles_per_sm <= 2:
         if units >= 64 and tiles_per_sm <= 1:
             return 2, 4, 4, 1 if few else 2
@@ -268,19 +333,19 @@ def _decode_blocks(
         if groups > 2 or (groups > 1 and units > 96):
             return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
         if tiles_per_sm > 1:
-            return 2, 4, 4, 2 if few or groups > 1 else 4
+            return 2, 4, 4, 2 if few or groups > 1 else most_tiles
         return 2, 4, 4, 1 if m == 1 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
-        return 2, 8, 1, (1 if zeros is Zeros.NONE else 2) if few else 4
+        return 2, 8, 1, (1 if zeros is Zeros.NONE else 2) if few else most_tiles
     if tiles_per_sm <= 3 and not real_zeros:
         return 1, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3:
         return 2, 4, 1, 1 if few else 2
     if groups > 2:
-        return 1, 4, 1, 2 if few or (tiles_per_sm <= 4 and not real_zeros) else 4
-    return 2, 4, 1, 2 if few or groups > 1 or real_zeros else 4
+        return 1, 4, 1, 2 if few or (tiles_per_sm <= 4 and not real_zeros) else most_tiles
+    return 2, 4, 1, 2 if few or groups > 1 or real_zeros else most_tiles
 
 
 def _blocks_of_narrow_units(
@@ -290,7 +355,7 @@ def _blocks_of_narrow_units(
     if units >= 32 and tiles_per_sm <= 2 and not gated:
         steps = triton.cdiv(units, 8)
         if steps <= 8:  # one step of each split
-            return 2, 4, steps, 4
+            return 2, 4, steps, 4 if 6 < tiles_per_sm * steps <= 12 else 2
         splits, row_tiles = _long_rows(few, steps, tiles_per_sm)
         return 2, 4, splits, row_tiles if few else 4
     if units <= 12 and groups > 1 and zeros is Zeros.NONE and tiles_per_sm > 4 and not gated:  # a small vocabulary
@@ -300,8 +365,9 @@ def _blocks_of_narrow_units(
 
 
 def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
-    """(splits, row_tiles) where K is many steps of 512 columns, of 4 warps each, and N at most two row tiles an SM."""
-    splits = min(8 if tiles_per_sm <= 1 else 4, steps)
+    """(splits, row_tiles) where K is more than 8 steps of 512 columns, of 4 warps each, and N at most two row tiles an
+    SM: four blocks fit an SM, or of one row tile more, and those are taken that fill it better."""
+    splits = 8 if tiles_per_sm <= 1 else 4
     splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is left without a step
 
     def filled(row_tiles: int) -> float:
@@ -346,6 +412,8 @@ def read_table(path: str | os.PathLike) -> dict[tuple, DecodeConfig]:
                 f"{path}: {k}x{n} needs entries of one (warp_units, warps, splits) for 8 and {DECODE_ROWS} rows"
             )
         warp_units, warps, splits = both[0].cut
+        if any(c.cluster for c in both) and not 1 < splits <= 8 * both[0].is_one_step(triton.cdiv(k, unit_k(k))):
+            raise ValueError(f"{path}: {k}x{n} has {both[0]}; a cluster is of splits of one step each")
         if warp_units * warps * unit_k(k) < 2 * group_size or (gated and splits > 1):
             raise ValueError(f"{path}: {k}x{n} has {both[0]}; a step is two groups or more, a gated pair is not split")
     return found
@@ -359,10 +427,13 @@ def _table_key(gpu: str, entry: dict) -> tuple:
 
 
 def _table_config(entry: dict) -> DecodeConfig:
-    values = {f.name: entry[f.name] for f in dataclasses.fields(DecodeConfig)}
+    values = {f.name: entry[f.name] for f in dataclasses.fields(DecodeConfig) if f.name != "cluster"}
     allowed = {"row_tiles": (1, 2, 4), "warp_units": (1, 2), "warps": (1, 2, 4, 8, 16)}
     allowed |= {"stages": range(1, 9), "max_registers": range(16, 256), "splits": range(1, 9)}
     for name, values_of in allowed.items():
         if type(values[name]) is not int or values[name] not in values_of:
             raise ValueError(f"{name}={values[name]!r} must be one of {list(values_of)[:5]} ...")
-    return DecodeConfig(**values)
+    cluster = entry.get("cluster", False)
+    if type(cluster) is not bool:
+        raise ValueError(f"cluster={cluster!r} must be true or false")
+    return DecodeConfig(**values, cluster=cluster)

@@ -15,6 +15,9 @@ that kernel's C launcher. Make one for each combination of constexprs and option
 Where a shape comes again and again, as in a decode step, a FixedLaunch of it costs a quarter less: it looks at nothing
 but the tensors' addresses.
 
+With cluster=n the launch has n times the grid's first dimension of blocks, n neighbours of which are a cluster (see
+triton_cluster.py); where launches_clusters().
+
 The kernel's parameters are pointers (tensors or None, the first a tensor), then numbers, then constexprs; the grid has
 three sizes. The tensors lie on one device, which the caller has checked: it becomes the current one, and the launch
 goes to its current stream.
@@ -40,8 +43,8 @@ _enter_hooks, _exit_hooks = (getattr(_runtime, f"launch_{when}_hook", None) for 
 class Launcher:
     """A kernel with its constexprs and options; see the module."""
 
-    def __init__(self, kernel, **meta):
-        self.kernel, self.meta = kernel, meta
+    def __init__(self, kernel, *, cluster: int = 1, **meta):
+        self.kernel, self.meta, self.cluster = kernel, meta, cluster
         self._kept: dict[tuple, tuple] = {}  # (device, key of the specialization) -> (launch, fixed arguments)
         self._constexprs = _constexpr_arguments(kernel) if knows_triton() else None  # None: no short cut
 
@@ -53,6 +56,7 @@ class Launcher:
             with torch.cuda.device(device):
                 return self(grid, tensors, scalars)
         if not self.is_short():
+            self._make_cluster(grid, tensors, scalars)
             self.kernel[grid](*tensors, *scalars, **self.meta)
             return
         key, pointers = specialize(tensors, scalars)
@@ -61,9 +65,23 @@ class Launcher:
             launch, fixed = kept
             launch(*grid, raw_stream(device), *fixed, *pointers, *scalars, *self._constexprs)
             return
+        self._make_cluster(grid, tensors, scalars)
         compiled = self.kernel[grid](*tensors, *scalars, **self.meta)
         if isinstance(compiled, CompiledKernel) and all(type(n) in (int, float, bool) for n in scalars):
             self._kept[device, key] = _c_launcher(compiled)
+
+    def _make_cluster(
+        self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...]
+    ) -> None:
+        """Compiles the kernel, if it is not, and has Triton launch clusters of it.
+
+        To Triton num_ctas means blocks that share a program, with layouts of their own. But it is its launcher that
+        makes clusters, as many as it is told with each launch, of whatever was compiled.
+        """
+        if self.cluster > 1:
+            compiled = self.kernel.warmup(*tensors, *scalars, grid=grid, **self.meta)
+            num_warps, _, shared_memory = compiled.packed_metadata
+            compiled.packed_metadata = num_warps, self.cluster, shared_memory
 
     def is_short(self) -> bool:
         """Whether a launch may take the short cut now."""
@@ -148,6 +166,11 @@ def knows_triton() -> bool:
     """Whether the short cut was written for this Triton."""
     known = triton.__version__.startswith(("3.6.", "3.7.")) and torch.version.hip is None
     return known and type(_enter_hooks) is type(_exit_hooks) is knobs.HookChain
+
+
+def launches_clusters() -> bool:
+    """Whether a Launcher can: what it tells Triton's launcher was read in the source of this Triton."""
+    return triton.__version__.startswith("3.6.") and torch.version.hip is None
 
 
 def _constexpr_arguments(kernel) -> tuple[None, ...] | None:

@@ -20,6 +20,7 @@ Sums are added in a fixed order, whoever comes last: a row's bits do not depend 
 `int4_tile` is what the fused FFN is made of: K split over the warps of a block.
 """
 
+import dataclasses
 import os
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -42,9 +43,10 @@ from tiny_gemm.int4_config import (
     pick_decode_config,
     read_table,
 )
-from tiny_gemm.launcher import FixedLaunch, Launcher
+from tiny_gemm.launcher import FixedLaunch, Launcher, launches_clusters
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, wait_for_previous
+from tiny_gemm.triton_cluster import begin_cluster_sum, cluster_adders, cluster_sum, cluster_words, join_cluster
+from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, shared_buffer, wait_for_previous
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
@@ -569,6 +571,7 @@ def _int4_decode_kernel(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     SPLITS: tl.constexpr,  # 1 with a gate
+    CLUSTER: tl.constexpr,  # the splits of a tile add up in shared memory, not in partial_ptr
     ONE_STEP: tl.constexpr,  # is all that a split has of K: its weights go straight into registers
     WHOLE_STEPS: tl.constexpr,  # K ends with a step, and each split has as many
     STAGES: tl.constexpr,
@@ -581,6 +584,7 @@ def _int4_decode_kernel(
     """Few rows of x: a block owns 16 * ROW_TILES rows of W and a SPLITS-th of K, which its warps split among them."""
     tl.static_assert(WARPS * WARP_UNITS * UNIT >= 2 * GROUP_SIZE, "a step is two groups or more")
     tl.static_assert(WARP_UNITS <= 2 and (SPLITS == 1 or gate_ptr is None))
+    tl.static_assert(ONE_STEP or not CLUSTER)
     ROWS: tl.constexpr = 16 * ROW_TILES
     BLOCK_M: tl.constexpr = 8 * X_TILES
     PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
@@ -589,6 +593,10 @@ def _int4_decode_kernel(
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
+    if CLUSTER:
+        ADDERS: tl.constexpr = cluster_adders(SPLITS)
+        buffer = shared_buffer(cluster_words(SPLITS, ROWS * BLOCK_M, ADDERS))
+        begin_cluster_sum(buffer, SPLITS, ROWS * BLOCK_M, ADDERS, 32 * WARPS)
     units = tl.cdiv(K, UNIT)
     steps = tl.cdiv(units, WARPS * WARP_UNITS)
     per_split = tl.cdiv(steps, SPLITS)
@@ -629,6 +637,8 @@ def _int4_decode_kernel(
         # It does not look into a branch: what is read in here is read when its turn comes, after the wait.
         if i < last:
             if i == first:
+                if CLUSTER:
+                    join_cluster()
                 wait_for_previous(PDL)
             planes = (
                 _load_plane(x_ptr, block_m, step, 0, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
@@ -655,8 +665,15 @@ def _int4_decode_kernel(
     if SPLITS > 1 and not ONE_STEP:  # one that has no step must not write early either
         wait_for_previous(PDL)
     out_tile = block_m * tl.num_programs(1) + block_n
+    first_n = block_n * ROWS
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, block_n * ROWS, offs_m, M, N, SPLITS)
+    if CLUSTER:
+        total = cluster_sum(acc, buffer, split, SPLITS, ADDERS)
+        if split < ADDERS:
+            offs_n = first_n + split * (ROWS // ADDERS) + tl.arange(0, ROWS // ADDERS)
+            store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
+    else:
+        store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, first_n, offs_m, M, N, SPLITS)
 
 
 @triton.jit
@@ -1090,7 +1107,12 @@ def plan(
         else:
             config = pick_config(m, n, k, group_size, zeros, facts)
     unit = unit_k(k)
+    splits = config.splits
     if isinstance(config, DecodeConfig):
+        if config.cluster and not (facts.capability == (9, 0) and facts.is_nvidia and launches_clusters()):
+            config = dataclasses.replace(config, cluster=False)  # the bits are the same
+        if config.cluster:
+            splits = 1
         block_m = 8 if m <= 8 and facts.is_nvidia else 16  # NVIDIA's tensor cores take 8 columns at once, AMD's 16
         block_n = 16 * config.row_tiles
         step = config.warps * config.warp_units * unit
@@ -1104,8 +1126,8 @@ def plan(
         else:
             launcher = _split_launcher(config, unit, group_size, facts)
     blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
-    tiles = blocks_m * blocks_n if config.splits > 1 else 0  # whose partial sums meet in memory
-    launch = Launch(launcher, (blocks_m * config.splits, blocks_n, 1), tiles * config.splits * block_n * block_m, tiles)
+    tiles = blocks_m * blocks_n if splits > 1 else 0  # whose partial sums meet in memory
+    launch = Launch(launcher, (blocks_m * splits, blocks_n, 1), tiles * splits * block_n * block_m, tiles)
     if launch.grid[1] > MAX_BLOCKS:
         raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * block_n}: a launch has no more blocks")
     return launch
@@ -1138,9 +1160,10 @@ def _decode_launcher(
 ) -> Launcher:  # fmt: skip
     meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
     return Launcher(
-        _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
-        X_TILES=x_tiles, SPLITS=config.splits, ONE_STEP=one_step, WHOLE_STEPS=whole_steps, STAGES=config.stages,
-        UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
+        _int4_decode_kernel, cluster=config.splits if config.cluster else 1, ROW_TILES=config.row_tiles,
+        WARP_UNITS=config.warp_units, WARPS=config.warps, X_TILES=x_tiles, SPLITS=config.splits,
+        CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps, STAGES=config.stages, UNIT=unit,
+        GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
         **pdl_options(facts), **meta,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""What kernels of different files share: dependent launch, prefetches, arrivals, activations, sums over warps."""
+"""What kernels of different files share: dependent launch, prefetches, arrivals, shared memory, activations, sums over
+warps."""
 
 import triton
 import triton.language as tl
@@ -54,6 +55,23 @@ def arrive(counter_ptr, parts=1):
     """
     tl.debug_barrier()
     return tl.atomic_add(counter_ptr, parts, sem="acq_rel", scope="gpu")
+
+
+@triton.constexpr_function
+def _buffer_asm(words: int) -> str:
+    return f"{{ .shared .align 16 .b32 buffer[{words}]; mov.u32 $0, buffer; }}"
+
+
+@triton.jit
+def shared_buffer(WORDS: tl.constexpr):
+    """The address of WORDS words of shared memory beside what Triton plans. (Each call takes more of it.)"""
+    return tl.inline_asm_elementwise(_buffer_asm(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def load_shared(address):
+    """fp32 from shared memory. Pure as far as Triton knows: `address` depends on the barrier before."""
+    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit

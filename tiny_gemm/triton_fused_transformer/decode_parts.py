@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
-from tiny_gemm.triton_parts import add_warps, arrive, prefetch_l2
+from tiny_gemm.triton_parts import add_warps, arrive, load_shared, prefetch_l2, shared_buffer
 
 
 def decode_attention_cost(grid, kernel, args) -> dict:
@@ -238,16 +238,10 @@ def exchange_words(warps: int, block_g: int, block_d: int, e: int) -> int:
 EXCHANGE_WORDS = 11 * 1024
 
 
-@triton.constexpr_function
-def _buffer_asm(words: int) -> str:
-    return f"{{ .shared .align 16 .b32 exchange[{words}]; mov.u32 $0, exchange; }}"
-
-
 @triton.jit
 def exchange_buffer(WARPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, E: tl.constexpr):
     """The address of the shared memory for _merge_warps. (Each call takes more of it.)"""
-    WORDS: tl.constexpr = exchange_words(WARPS, BLOCK_G, BLOCK_D, E)
-    return tl.inline_asm_elementwise(_buffer_asm(WORDS), "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+    return shared_buffer(exchange_words(WARPS, BLOCK_G, BLOCK_D, E))
 
 
 @triton.jit
@@ -256,12 +250,6 @@ def _store_shared(address, x):
     tl.inline_asm_elementwise(
         "st.shared.f32 [$1], $2; mov.u32 $0, 0;", "=r,r,f", [address, x], dtype=tl.int32, is_pure=False, pack=1
     )
-
-
-@triton.jit
-def _load_shared(address):
-    """fp32 from shared memory. Pure as far as Triton knows: `address` depends on the barrier before."""
-    return tl.inline_asm_elementwise("ld.shared.f32 $0, [$1];", "=f,r", [address], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -303,16 +291,16 @@ def _merge_warps(
         offs_n = tl.arange(0, GROUP * LANES)[None, :]
         head, col = offs_n // LANES, offs_n % LANES * R + tl.arange(0, R)[:, None]
         stats = base + (WARPS * BLOCK_G * ROW + head * 2) * 4  # [1, GROUP * LANES]
-        block_top = _load_shared(stats)
+        block_top = load_shared(stats)
         for w in tl.static_range(1, WARPS):
-            block_top = tl.maximum(block_top, _load_shared(stats + w * (BLOCK_G * 8)))
+            block_top = tl.maximum(block_top, load_shared(stats + w * (BLOCK_G * 8)))
         block_total = tl.zeros([1, GROUP * LANES], tl.float32)
         out = tl.zeros([R, GROUP * LANES], tl.float32)
         for w in tl.static_range(WARPS):
-            half = tl.exp2((_load_shared(stats + w * (BLOCK_G * 8)) - block_top) * 0.5)
-            total = _load_shared(stats + (w * (BLOCK_G * 8) + 4))
+            half = tl.exp2((load_shared(stats + w * (BLOCK_G * 8)) - block_top) * 0.5)
+            total = load_shared(stats + (w * (BLOCK_G * 8) + 4))
             block_total = tl.fma(total * half, half, block_total)
-            acc = _load_shared(base + ((w * BLOCK_G + head) * ROW + col + col // 32) * 4)
+            acc = load_shared(base + ((w * BLOCK_G + head) * ROW + col + col // 32) * 4)
             out = tl.fma(acc, (half * half).broadcast_to(acc.shape), out)
         weight = (block_top + fast_log2(block_total, USE_ASM)).reshape(GROUP * LANES)
         return out * (1.0 / block_total), weight
