@@ -39,6 +39,7 @@ from tiny_gemm.int4_config import (
     registers_needed,
     stage_bytes,
 )
+from tiny_gemm.launcher import launches_clusters
 from tiny_gemm.quantize_utils import Int4Weight, unit_k
 from tiny_gemm.triton_gemm import kind_of_zeros
 
@@ -87,7 +88,7 @@ def candidates(
                 found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit) for limit in limits]
                 continue
             blocks_per_sm = math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count
-            one_step_on_hopper = a_split == 1 and facts.capability == (9, 0)
+            one_step_on_hopper = a_split == 1 and facts.capability == (9, 0) and launches_clusters()
             for cluster, filled in ((False, 1.0), (True, CLUSTERS_FILL)) if one_step_on_hopper else ((False, 1.0),):
                 # With so many registers all fit the chip at once.
                 fits = min(2048 // (math.ceil(blocks_per_sm / filled) * warps) // 8 * 8, 255)

@@ -279,12 +279,21 @@ def test_constexprs_streams_and_grids_are_told_apart(chip, ordinary_launches):
 def test_clusters_are_launched_whichever_way_is_taken(chip, monkeypatch, way, is_watched_first):
     """The short cut and, while somebody watches, Triton's own way: clusters of four each time."""
     grid, tensors, scalars, _ = make(CASES["aligned"])
-    launch = scale(way, grid, scalars, cluster=4)
+    launch, hooked = scale(way, grid, scalars, cluster=4), []
     for is_watched in (is_watched_first, not is_watched_first, False, False):
-        monkeypatch.setattr(_scale_kernel, "pre_run_hooks", [lambda *args, **kwargs: None] * is_watched)
+        hook = lambda *args, **kwargs: hooked.append(args)  # noqa: E731
+        monkeypatch.setattr(_scale_kernel, "pre_run_hooks", [hook] * is_watched)
         launch(tensors)
-    assert [call[:3] for call in RecordingLauncher.calls] == [grid] * 4
+    assert [call[:3] for call in RecordingLauncher.calls] == [grid] * 4 and len(hooked) == 1
     assert [call[9] for call in RecordingLauncher.calls] == [(4, 4, 0)] * 4, "warps, blocks of a cluster, shared memory"
+
+
+@pytest.mark.aot
+def test_clusters_that_would_wait_for_ever_are_not_launched(chip):
+    grid, tensors, scalars, _ = make(CASES["aligned"])
+    with pytest.raises(RuntimeError, match="_scale_kernel: a thread sends 0 times, and 3 are waited for"):
+        scale("Launcher", grid, scalars, cluster=4, sends=3)(tensors)
+    assert not RecordingLauncher.calls
 
 
 class On:

@@ -343,33 +343,49 @@ def compile_gemm(target, name, dtype="bf16"):
 
 @pytest.mark.aot
 @pytest.mark.parametrize(
-    ("n", "k", "group_size", "m"),
-    [(4096, 4096, 128, 1), (4096, 4096, 128, 16), (2048, 8192, 32, 8), (1536, 8960, 128, 1), (512, 2880, 32, 1)]
-    + [(2880, 2880, 32, 16), (896, 4864, 128, 9)],
+    ("n", "k", "group_size", "m", "zeros", "block"),
+    [
+        (4096, 4096, 128, 1, Zeros.NONE, None),
+        (4096, 4096, 128, 16, Zeros.NONE, None),
+        (2048, 8192, 32, 8, Zeros.NONE, None),
+        (2048, 8192, 128, 8, Zeros.INTEGER, None),
+        (1536, 8960, 128, 1, Zeros.NONE, None),
+        (896, 4864, 128, 9, Zeros.NONE, None),
+        (512, 2880, 32, 1, Zeros.NONE, None),
+        (2880, 2880, 32, 16, Zeros.REAL, None),
+        (100, 2500, -1, 1, Zeros.REAL, (1, 2, 8, 3)),  # fewer elements than threads
+        (100, 7000, 64, 1, Zeros.NONE, (1, 1, 16, 7)),
+        (100, 900, 32, 16, Zeros.INTEGER, (1, 1, 16, 2)),
+        (100, 2048, 128, 1, Zeros.NONE, (4, 2, 1, 8)),
+    ],
     ids=str,
 )
-def test_clusters_send_what_is_waited_for(n, k, group_size, m):
+def test_clusters_send_what_is_waited_for(n, k, group_size, m, zeros, block):
     """Bytes that never come would be waited for for ever: how often a thread sends depends on Triton's layouts."""
+    config = block and DecodeConfig(*block[:3], 2, 255 if block[2] < 16 else 128, block[3], cluster=True)
     facts = aot.device_facts("sm_90")
-    launch = triton_gemm.plan(m, n, k, group_size, Zeros.NONE, facts)
+    launch = triton_gemm.plan(m, n, k, group_size, zeros, facts, config)
     assert launch.launcher.cluster > 1 and not launch.partials and not launch.arrivals
-    signature = {"x_ptr": "*bf16", "w_ptr": "*i16", "s_ptr": "*fp16", "y_ptr": "*bf16"}
+    signature = {"x_ptr": "*bf16", "w_ptr": "*i16", "s_ptr": "*fp16", "y_ptr": "*bf16", "bias_ptr": "*bf16"}
+    signature["z_ptr"] = {Zeros.NONE: None, Zeros.INTEGER: "*i16", Zeros.REAL: "*fp32"}[zeros]
     signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
-    compiled = aot.compile_launch(launch.launcher, "sm_90", signature, unaligned=("M",))
+    odd = [name for name, size in (("N", n), ("K", k), ("stride_xm", k)) if size % 16]
+    compiled = aot.compile_launch(launch.launcher, "sm_90", signature, unaligned=["M", *odd])
     aot.check(compiled, vector_loads=k % 128 == 0, may_spill=True)
-    assert compiled.spills <= 16
+    assert compiled.spills <= (48 if zeros is Zeros.REAL else 16)
     meta, size = launch.launcher.meta, launch.launcher.cluster
     elements, threads = 16 * meta["ROW_TILES"] * 8 * meta["X_TILES"], 32 * meta["num_warps"]
-    sent = 4 * threads * len(re.findall(r"\bSTAS\b", compiled.assembly))  # by one block, to all that add
+    sends = len(re.findall(r"\bSTAS\b", compiled.assembly))
+    assert sends == launch.launcher.sends == triton_cluster.cluster_sends(elements, threads)
     adders = triton_cluster.cluster_adders(size)
-    assert size * sent == adders * triton_cluster._expected_bytes(size, elements, adders, threads)
+    assert adders * triton_cluster._expected_bytes(size, elements, adders, threads) == size * 4 * threads * sends
     assert compiled.static_shared_memory == 4 * triton_cluster.cluster_words(size, elements, adders)
 
 
 # How many moves of registers to memory there may be: where they cost less than a block less on an SM.
 MOVES = {
     "decode-ring-g32-m16": 16,
-    "decode-split-step-g32-m16": 16,
+    "decode-split-step-g32-m16": 40,
     "decode-split-step-narrow-zeros-m16": 48,
     "decode-long-narrow-m16": 16,
 }
@@ -807,6 +823,34 @@ def test_a_cluster_gives_the_bits_that_memory_gives(n, k, group_size, m, zeros, 
     y = triton_gemm.int4_gemm(*args, config)
     assert torch.equal(y, triton_gemm.int4_gemm(*args, dataclasses.replace(config, cluster=False)))
     assert all(torch.equal(y, triton_gemm.int4_gemm(*args, config)) for _ in range(100))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("zeros", [Zeros.NONE, Zeros.REAL], ids=lambda z: z.value)
+@pytest.mark.parametrize(
+    ("n", "k", "block"),
+    [(100, 2496, (1, 2, 8, 3)), (100, 7040, (1, 1, 16, 7)), (100, 2048, (4, 2, 1, 8)), (16, 640, (2, 1, 4, 3))],
+    ids=str,
+)
+def test_clusters_that_only_a_table_has(n, k, block, zeros, poisoned):
+    """Fewer elements than threads, of which several send one; on two streams at once."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters are for Hopper")
+    config = DecodeConfig(*block[:3], 2, 128, block[3], cluster=True)
+    weight = quantized(torch.randn(n, k, device="cuda"), 64, zeros)
+    parts = weight.packed, weight.scales, weight.zeros, torch.randn(n, device="cuda").bfloat16(), 64, n
+    for m in (1, 9):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        y = triton_gemm.int4_gemm(x, *parts, config)
+        assert_close(y, int4_gemm_ref(x, weight, parts[3]))
+        assert torch.equal(y, triton_gemm.int4_gemm(x, *parts, dataclasses.replace(config, cluster=False)))
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in range(2)], []
+        for i in range(100):
+            with torch.cuda.stream(streams[i % 2]):
+                found.append(triton_gemm.int4_gemm(x, *parts, config))
+        torch.cuda.synchronize()
+        assert all(torch.equal(y, other) for other in found)
 
 
 @pytest.mark.gpu

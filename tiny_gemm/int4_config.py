@@ -235,7 +235,9 @@ def _register_limit(
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
     fits = 2048 // (blocks_per_sm * config.warps) // 8 * 8
     little = 48 if config.splits > 1 else 24
-    if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
+    if limit - little <= fits < limit and (
+        zeros is Zeros.INTEGER or not gated
+    ):  # not so gated pairs, whose waves are many
         limit = fits
     if config.splits > 1 and one_step:
         limit = min(limit, max(fits, 128))
@@ -265,14 +267,14 @@ def _cluster_config(
     if units * unit <= 2048 or (zeros is Zeros.REAL and unit != 64):
         return None
     splits, warps = triton.cdiv(units, 8), 4
-    if splits > 8 and groups == 1:
+    if splits > 8 and groups == 1 and unit == 128:
         splits, warps = triton.cdiv(units, 16), 8
     if splits > 8:
         return None
     work = tiles * splits / sms
     small_groups = groups > 1 and unit == 128
     row_tiles = 2 if 2 < work <= 6 or warps == 8 else 1 if work <= 2 else 4  # one to three blocks an SM
-    few_tiles = 2 if small_groups and row_tiles == 4 else row_tiles  # five, for they have more scales to load
+    few_tiles = 2 if small_groups and row_tiles == 4 else row_tiles  # with more scales to load, five of half the size
 
     def registers(row_tiles: int, x_tiles: int, filled: float, little: int) -> int | None:
         """With how many the blocks fill so much of the chip; None where that is more than a little less than needed."""
@@ -284,7 +286,9 @@ def _cluster_config(
     # registers_needed thinks of units of 128, and of integer zeros too little.
     little = 64 if unit == 64 else 56 if zeros is Zeros.NONE else 24
     limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
-    if limit is None or (units <= 32 and unit == 128 and few_tiles == 4 and limit < 168):
+    if limit is None:
+        return None
+    if units <= 32 and unit == 128 and few_tiles == 4 and limit < 168:  # all of K in a block is faster, though no step
         return None
     if m <= 8:
         return DecodeConfig(few_tiles, 2, warps, 2, limit, splits, cluster=True)
@@ -292,9 +296,11 @@ def _cluster_config(
     limit = registers(row_tiles, 2, CLUSTERS_FILL, little)
     if limit is not None:
         return DecodeConfig(row_tiles, 2, warps, 2, limit, splits, cluster=True)
-    # So many registers leave no room for clusters: the same splits, through memory.
-    limit = registers(row_tiles, 2, 1.0, 96) or registers_needed(row_tiles, 2, 2, groups, zeros, False)
-    return DecodeConfig(row_tiles, 2, warps, 2, min(limit, 2048 // warps // 8 * 8, 255), splits)
+    # So many registers leave no room for clusters: the same splits, through memory, if need be in two waves.
+    limit = registers(row_tiles, 2, 1.0, little)
+    if limit is None:
+        limit = min(registers_needed(row_tiles, 2, 2, groups, zeros, False), 2048 // (2 * warps))
+    return DecodeConfig(row_tiles, 2, warps, 2, min(limit, 255), splits)
 
 
 def _decode_blocks(

@@ -16,7 +16,8 @@ Where a shape comes again and again, as in a decode step, a FixedLaunch of it co
 but the tensors' addresses.
 
 With cluster=n the launch has n times the grid's first dimension of blocks, n neighbours of which are a cluster (see
-triton_cluster.py); where launches_clusters().
+triton_cluster.py), where launches_clusters(). sends: how many st.async the kernel has; if it has another number, blocks
+would wait for ever. All launches of such a kernel, with these constexprs, are of such clusters.
 
 The kernel's parameters are pointers (tensors or None, the first a tensor), then numbers, then constexprs; the grid has
 three sizes. The tensors lie on one device, which the caller has checked: it becomes the current one, and the launch
@@ -43,8 +44,8 @@ _enter_hooks, _exit_hooks = (getattr(_runtime, f"launch_{when}_hook", None) for 
 class Launcher:
     """A kernel with its constexprs and options; see the module."""
 
-    def __init__(self, kernel, *, cluster: int = 1, **meta):
-        self.kernel, self.meta, self.cluster = kernel, meta, cluster
+    def __init__(self, kernel, *, cluster: int = 1, sends: int = 0, **meta):
+        self.kernel, self.meta, self.cluster, self.sends = kernel, meta, cluster, sends
         self._kept: dict[tuple, tuple] = {}  # (device, key of the specialization) -> (launch, fixed arguments)
         self._constexprs = _constexpr_arguments(kernel) if knows_triton() else None  # None: no short cut
 
@@ -73,15 +74,28 @@ class Launcher:
     def _make_cluster(
         self, grid: tuple[int, int, int], tensors: tuple[Tensor | None, ...], scalars: tuple[int | float, ...]
     ) -> None:
-        """Compiles the kernel, if it is not, and has Triton launch clusters of it.
+        """Compiles the kernel, if it is not, and has Triton launch clusters of it, in whichever way it is launched.
 
         To Triton num_ctas means blocks that share a program, with layouts of their own. But it is its launcher that
         makes clusters, as many as it is told with each launch, of whatever was compiled.
         """
-        if self.cluster > 1:
+        if self.cluster == 1:
+            return
+        hooks, self.kernel.pre_run_hooks = self.kernel.pre_run_hooks, []  # they are for launches
+        try:
             compiled = self.kernel.warmup(*tensors, *scalars, grid=grid, **self.meta)
-            num_warps, _, shared_memory = compiled.packed_metadata
-            compiled.packed_metadata = num_warps, self.cluster, shared_memory
+        finally:
+            self.kernel.pre_run_hooks = hooks
+        if hasattr(compiled, "result"):  # it is being compiled by another thread
+            compiled = compiled.result()
+        if compiled is None or compiled.packed_metadata[1] == self.cluster:  # None: a hook of Triton's forbids it
+            return
+        sends = compiled.asm["ptx"].count("st.async")
+        if sends != self.sends:
+            raise RuntimeError(f"{self.kernel.__name__}: a thread sends {sends} times, and {self.sends} are waited for")
+        num_warps, _, shared_memory = compiled.packed_metadata
+        compiled.packed_metadata = num_warps, self.cluster, shared_memory
+        compiled.run.num_ctas = self.cluster  # by which scratch is measured
 
     def is_short(self) -> bool:
         """Whether a launch may take the short cut now."""

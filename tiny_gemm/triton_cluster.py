@@ -5,7 +5,8 @@ one to arrive the way back, some 0.9 us at the end of a kernel that takes four. 
 together and write into each other's shared memory. Each write tells a barrier there how many bytes came, so that no
 fence and no round trip is left: whoever adds waits for its bytes.
 
-    launcher = Launcher(_kernel, cluster=4, ...)     launches clusters of 4 blocks along the first dimension of the grid
+    launcher = Launcher(_kernel, cluster=4, sends=cluster_sends(R * C, THREADS), ...)
+                                                                clusters of 4 along the first dimension of the grid
 
     buffer = shared_buffer(cluster_words(SIZE, R * C, ADDERS))
     begin_cluster_sum(buffer, SIZE, R * C, ADDERS, THREADS)     first of all
@@ -35,11 +36,14 @@ def cluster_words(size: int, elements: int, adders: int) -> int:
 
 
 @triton.constexpr_function
-def _begin_asm(num_bytes: int) -> str:
+def _begin_asm(num_bytes: int, size: int) -> str:
     return f"""{{
-        .reg .pred first;
-        .reg .u32 tid;
+        .reg .pred first, alone;
+        .reg .u32 tid, size;
         .reg .b64 state;
+        mov.u32 size, %cluster_nctarank;
+        setp.ne.u32 alone, size, {size};
+        @alone trap;
         mov.u32 tid, %tid.x;
         setp.eq.u32 first, tid, 0;
         @first mbarrier.init.shared::cta.b64 [$1], 1;
@@ -51,21 +55,28 @@ def _begin_asm(num_bytes: int) -> str:
 
 
 @triton.constexpr_function
+def cluster_sends(elements: int, threads: int) -> int:
+    """How often a thread sends. Of fewer elements than threads Triton gives each to several threads, and all send."""
+    return max(elements // threads, 1)
+
+
+@triton.constexpr_function
 def _expected_bytes(size: int, elements: int, adders: int, threads: int) -> int:
-    """What an adder is sent. Of a tile with fewer elements than threads Triton gives each to several, and all send."""
-    return 4 * size * max(elements, threads) // adders
+    """What an adder is sent."""
+    return 4 * size * threads * cluster_sends(elements, threads) // adders
 
 
 @triton.jit
 def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, ADDERS: tl.constexpr, THREADS: tl.constexpr):
     """Makes the barrier, and says to the others that it is there."""
-    ASM: tl.constexpr = _begin_asm(_expected_bytes(SIZE, ELEMENTS, ADDERS, THREADS))
+    ASM: tl.constexpr = _begin_asm(_expected_bytes(SIZE, ELEMENTS, ADDERS, THREADS), SIZE)
     tl.inline_asm_elementwise(ASM, "=r,r", [buffer], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
 def join_cluster():
-    """Waits until the other blocks are there too: before, nothing may be written to their memory."""
+    """Waits until the other blocks are there too: before, nothing may be written to their memory. (Not in a branch that
+    threads take differently, of which LLVM is not told.)"""
     tl.inline_asm_elementwise(
         "barrier.cluster.wait.aligned; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
     )
@@ -99,6 +110,7 @@ def cluster_sum(acc, buffer, rank, SIZE: tl.constexpr, ADDERS: tl.constexpr):
     )
     total = tl.zeros([ROWS, C], tl.float32)
     if rank < ADDERS:
+        # Acquired for the block only: what was sent is in its own memory, which no cache stands before.
         parts = tl.inline_asm_elementwise(
             """{
             .reg .pred done;

@@ -45,7 +45,14 @@ from tiny_gemm.int4_config import (
 )
 from tiny_gemm.launcher import FixedLaunch, Launcher, launches_clusters
 from tiny_gemm.quantize_utils import TILE_N, unit_k
-from tiny_gemm.triton_cluster import begin_cluster_sum, cluster_adders, cluster_sum, cluster_words, join_cluster
+from tiny_gemm.triton_cluster import (
+    begin_cluster_sum,
+    cluster_adders,
+    cluster_sends,
+    cluster_sum,
+    cluster_words,
+    join_cluster,
+)
 from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, shared_buffer, wait_for_previous
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -560,7 +567,7 @@ def _int4_decode_kernel(
     gate_z_ptr,
     bias_ptr,  # [N] or None; not with a gate
     y_ptr,  # [M, N], contiguous
-    partial_ptr,  # as in store_split; None with one split
+    partial_ptr,  # as in store_split; None with one split or a cluster
     counter_ptr,
     M,
     N,
@@ -584,7 +591,7 @@ def _int4_decode_kernel(
     """Few rows of x: a block owns 16 * ROW_TILES rows of W and a SPLITS-th of K, which its warps split among them."""
     tl.static_assert(WARPS * WARP_UNITS * UNIT >= 2 * GROUP_SIZE, "a step is two groups or more")
     tl.static_assert(WARP_UNITS <= 2 and (SPLITS == 1 or gate_ptr is None))
-    tl.static_assert(ONE_STEP or not CLUSTER)
+    tl.static_assert(not CLUSTER or (ONE_STEP and 1 < SPLITS and SPLITS <= 8))
     ROWS: tl.constexpr = 16 * ROW_TILES
     BLOCK_M: tl.constexpr = 8 * X_TILES
     PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
@@ -1159,8 +1166,11 @@ def _decode_launcher(
     activation: str | None, facts: DeviceFacts,
 ) -> Launcher:  # fmt: skip
     meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
+    if config.cluster:
+        sends = cluster_sends(16 * config.row_tiles * 8 * x_tiles, 32 * config.warps)
+        meta |= {"cluster": config.splits, "sends": sends}
     return Launcher(
-        _int4_decode_kernel, cluster=config.splits if config.cluster else 1, ROW_TILES=config.row_tiles,
+        _int4_decode_kernel, ROW_TILES=config.row_tiles,
         WARP_UNITS=config.warp_units, WARPS=config.warps, X_TILES=x_tiles, SPLITS=config.splits,
         CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps, STAGES=config.stages, UNIT=unit,
         GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
