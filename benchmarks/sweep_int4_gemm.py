@@ -71,11 +71,8 @@ def candidates(
         steps = math.ceil(units / units_a_step)
         if units_a_step * unit < 2 * group or units_a_step >= 2 * units > 8:
             continue
-        if (stages - 1) * row_tiles * units_a_step * stage_bytes(
-            unit, group, zeros, gated
-        ) > facts.shared_memory_bytes - 4096:
-            continue
-        if quick and stages == 3 and row_tiles > 1:
+        stage = row_tiles * units_a_step * stage_bytes(unit, group, zeros, gated)
+        if (stages - 1) * stage > facts.shared_memory_bytes - 4096 or (quick and stages == 3 and row_tiles > 1):
             continue
         needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, gated)
         for splits in (1,) if gated else sorted({1, 2, 3, 4, 6, 8, min(steps, 8)}):
@@ -88,10 +85,11 @@ def candidates(
                 found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit) for limit in limits]
                 continue
             blocks_per_sm = math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count
-            one_step_on_hopper = a_split == 1 and facts.capability == (9, 0) and launches_clusters()
-            for cluster, filled in ((False, 1.0), (True, CLUSTERS_FILL)) if one_step_on_hopper else ((False, 1.0),):
+            may_be_clusters = a_split == 1 and facts.capability == (9, 0) and launches_clusters()
+            for cluster in (False, True) if may_be_clusters else (False,):
                 # With so many registers all fit the chip at once.
-                fits = min(2048 // (math.ceil(blocks_per_sm / filled) * warps) // 8 * 8, 255)
+                full = math.ceil(blocks_per_sm / CLUSTERS_FILL if cluster else blocks_per_sm)
+                fits = min(2048 // (full * warps) // 8 * 8, 255)
                 if fits >= needed - 96:
                     limit = min(fits, max(needed, 128))
                     found.append(DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits, cluster))

@@ -14,7 +14,8 @@ batch of 8 costs what a batch of 1 costs. There are three kernels:
 - `_int4_prefill_kernel`, still more, on Hopper: likewise, with weights that are scaled before the product.
 
 Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
-sums. Where `dequantizes` says so W is dequantized once, and the product is cuBLAS's.
+sums; on Hopper they are a cluster where each has one step, and add up in shared memory. Where `dequantizes` says so W
+is dequantized once, and the product is cuBLAS's.
 
 Sums are added in a fixed order, whoever comes last: a row's bits do not depend on its batch, up to DECODE_ROWS rows.
 `int4_tile` is what the fused FFN is made of: K split over the warps of a block.
@@ -1170,11 +1171,10 @@ def _decode_launcher(
         sends = cluster_sends(16 * config.row_tiles * 8 * x_tiles, 32 * config.warps)
         meta |= {"cluster": config.splits, "sends": sends}
     return Launcher(
-        _int4_decode_kernel, ROW_TILES=config.row_tiles,
-        WARP_UNITS=config.warp_units, WARPS=config.warps, X_TILES=x_tiles, SPLITS=config.splits,
-        CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps, STAGES=config.stages, UNIT=unit,
-        GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps,
-        **pdl_options(facts), **meta,
+        _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
+        X_TILES=x_tiles, SPLITS=config.splits, CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps,
+        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia,
+        num_warps=config.warps, **pdl_options(facts), **meta,
     )  # fmt: skip
 
 
