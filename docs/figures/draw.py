@@ -18,6 +18,7 @@ import fig_ffn  # noqa: E402
 import fig_hero  # noqa: E402
 import fig_int4_layout  # noqa: E402
 import fig_registration  # noqa: E402
+import fig_splits  # noqa: E402
 import fig_tiling  # noqa: E402
 
 THEMES = ("light", "dark")
@@ -28,6 +29,7 @@ FIGURES: dict[str, Callable[[str], str]] = {  # name: theme -> SVG
     "tiling": fig_tiling.draw,
     "ffn": fig_ffn.draw,
     "int4-layout": fig_int4_layout.draw,
+    "splits": fig_splits.draw,
     "benchmark": fig_benchmark.draw,
     "registration": fig_registration.draw,
 }
