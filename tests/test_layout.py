@@ -21,8 +21,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"quantize_utils", "device"},
     "launcher": {"device"},
     "triton_parts": {"device"},
+    "triton_cluster": {"triton_parts"},
     "int4_config": {"quantize_utils", "device"},
-    "triton_gemm": {"quantize_utils", "device", "launcher", "triton_parts", "int4_config"},
+    "triton_gemm": {"quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config"},
     "triton_fused_transformer": {"quantize_utils", "device", "launcher", "triton_parts", "int4_config", "triton_gemm"},
     "ops": {"quantize_utils", "device", "reference", "triton_gemm", "triton_fused_transformer"},
     "modules": {"quantize_utils", "ops"},
@@ -40,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"quantize_utils", "modules"},
     "__main__": {"cli"},
 }
-KERNELS = {"launcher", "triton_parts", "int4_config", "triton_gemm", "triton_fused_transformer"}
+KERNELS = {"launcher", "triton_parts", "triton_cluster", "int4_config", "triton_gemm", "triton_fused_transformer"}
 CORE_DEPENDENCIES = {"jinja2", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer"}
 
 
