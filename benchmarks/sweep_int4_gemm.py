@@ -36,6 +36,7 @@ from tiny_gemm.int4_config import (
     SplitConfig,
     Zeros,
     groups_a_unit,
+    registers_for,
     registers_needed,
     stage_bytes,
 )
@@ -85,11 +86,11 @@ def candidates(
                 found += [DecodeConfig(row_tiles, warp_units, warps, stages, limit) for limit in limits]
                 continue
             blocks_per_sm = math.ceil(n / (16 * row_tiles)) * splits / facts.sm_count
-            may_be_clusters = a_split == 1 and facts.capability == (9, 0) and launches_clusters()
+            may_be_clusters = a_split == 1 and facts.has_clusters and launches_clusters()
             for cluster in (False, True) if may_be_clusters else (False,):
                 # With so many registers all fit the chip at once.
                 full = math.ceil(blocks_per_sm / CLUSTERS_FILL if cluster else blocks_per_sm)
-                fits = min(2048 // (full * warps) // 8 * 8, 255)
+                fits = registers_for(full * warps)
                 if fits >= needed - 96:
                     limit = min(fits, max(needed, 128))
                     found.append(DecodeConfig(row_tiles, warp_units, warps, stages, limit, splits, cluster))

@@ -56,11 +56,10 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
         if k % 128 and group_size == 128:
             continue
         for tiles in (1, 23, 24, 25, 48, 72, 73, 131, 132, 198, 199, 264, 265, 396, 397, 528, 530, 1792):
-            configs = [
-                pick_decode_config(m, 16 * tiles, k, group_size, zeros, facts, gated=gated) for m in (1, 2, 8, 9, 16)
-            ]
+            rows = (1, 2, 8, 9, 16)
+            configs = [pick_decode_config(m, 16 * tiles, k, group_size, zeros, facts, gated=gated) for m in rows]
             assert len({c.cut for c in configs}) == 1
-            for m, c in zip((1, 2, 8, 9, 16), configs, strict=True):
+            for m, c in zip(rows, configs, strict=True):
                 blocks_per_sm = math.ceil(tiles / c.row_tiles) * c.splits / facts.sm_count
                 if c.cluster:
                     assert c.is_one_step(-(-k // unit)) and 1 < c.splits <= 8

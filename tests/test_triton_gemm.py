@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import MappingProxyType
 
 import aot
 import interpreter
@@ -333,12 +334,17 @@ def compile_gemm(target, name, dtype="bf16"):
     dtype_of_zeros = {None: None, "*i16": torch.int16}.get(zeros, torch.float16)
     kind = triton_gemm.kind_of_zeros(dtype_of_zeros, group_size)
     launch = triton_gemm.plan(m, n, k, group_size, kind, facts, None, activation)
+    gate = {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros} if activation else {}
+    return compile_planned(launch, target, n, k, scales, zeros, dtype, gate)
+
+
+def compile_planned(launch, target, n, k, scales, zeros, dtype="bf16", others=MappingProxyType({})):
+    """What `launch`, a plan for W [n, k], is on this target; others: types of further arguments."""
     signature = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": scales, "z_ptr": zeros, "y_ptr": f"*{dtype}"}
-    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
+    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"} | others
     signature |= {"partial_ptr": "*fp32", "counter_ptr": "*i32"} if launch.partials else {}
-    if activation:
-        signature |= {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros}
-    return aot.compile_launch(launch.launcher, target, signature, unaligned=("M", "N") if n % 16 else ("M",))
+    odd = [name for name, size in (("N", n), ("K", k), ("stride_xm", k)) if size % 16]
+    return aot.compile_launch(launch.launcher, target, signature, unaligned=["M", *odd])
 
 
 @pytest.mark.aot
@@ -366,20 +372,17 @@ def test_clusters_send_what_is_waited_for(n, k, group_size, m, zeros, block):
     facts = aot.device_facts("sm_90")
     launch = triton_gemm.plan(m, n, k, group_size, zeros, facts, config)
     assert launch.launcher.cluster > 1 and not launch.partials and not launch.arrivals
-    signature = {"x_ptr": "*bf16", "w_ptr": "*i16", "s_ptr": "*fp16", "y_ptr": "*bf16", "bias_ptr": "*bf16"}
-    signature["z_ptr"] = {Zeros.NONE: None, Zeros.INTEGER: "*i16", Zeros.REAL: "*fp32"}[zeros]
-    signature |= {"M": "i32", "N": "i32", "K": "i32", "stride_xm": "i32"}
-    odd = [name for name, size in (("N", n), ("K", k), ("stride_xm", k)) if size % 16]
-    compiled = aot.compile_launch(launch.launcher, "sm_90", signature, unaligned=["M", *odd])
+    of_zeros = {Zeros.NONE: None, Zeros.INTEGER: "*i16", Zeros.REAL: "*fp32"}[zeros]
+    compiled = compile_planned(launch, "sm_90", n, k, "*fp16", of_zeros, others={"bias_ptr": "*bf16"})
     aot.check(compiled, vector_loads=k % 128 == 0, may_spill=True)
     assert compiled.spills <= (48 if zeros is Zeros.REAL else 16)
     meta, size = launch.launcher.meta, launch.launcher.cluster
     elements, threads = 16 * meta["ROW_TILES"] * 8 * meta["X_TILES"], 32 * meta["num_warps"]
     sends = len(re.findall(r"\bSTAS\b", compiled.assembly))
     assert sends == launch.launcher.sends == triton_cluster.cluster_sends(elements, threads)
-    adders = triton_cluster.cluster_adders(size)
-    assert adders * triton_cluster._expected_bytes(size, elements, adders, threads) == size * 4 * threads * sends
-    assert compiled.static_shared_memory == 4 * triton_cluster.cluster_words(size, elements, adders)
+    expected = triton_cluster.cluster_adders(size) * triton_cluster._expected_bytes(size, elements, threads)
+    assert expected == size * 4 * threads * sends
+    assert compiled.static_shared_memory == 4 * triton_cluster.cluster_words(size, elements)
 
 
 # How many moves of registers to memory there may be: where they cost less than a block less on an SM.

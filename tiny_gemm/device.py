@@ -22,6 +22,11 @@ class DeviceFacts:
         """Programmatic dependent launch: a kernel may start while the one before it still runs."""
         return self.is_nvidia and self.capability >= (9, 0)
 
+    @property
+    def has_clusters(self) -> bool:
+        """Blocks that write into each other's shared memory, as triton_cluster.py has them do: tried on Hopper only."""
+        return self.is_nvidia and self.capability == (9, 0)
+
 
 # What kernels see in Triton's interpreter: a tiny chip, so that small tests have several waves of blocks.
 INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)

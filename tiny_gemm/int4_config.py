@@ -206,7 +206,7 @@ def pick_decode_config(
     if not facts.is_nvidia:
         warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
         return DecodeConfig(1, 2, warps, 2, registers_needed(1, 2, 1 if m <= 8 else 2, groups, zeros, gated))
-    if facts.capability == (9, 0) and not gated:
+    if facts.has_clusters and not gated:
         config = _cluster_config(m, tiles, unit, units, groups, zeros, facts.sm_count)
         if config is not None:
             return config
@@ -233,17 +233,16 @@ def _register_limit(
     needed = registers_needed(config.row_tiles, config.warp_units, x_tiles, groups, zeros, gated)
     limit = 128 if needed == 136 else needed
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
-    fits = 2048 // (blocks_per_sm * config.warps) // 8 * 8
+    fits = registers_for(blocks_per_sm * config.warps)
     little = 48 if config.splits > 1 else 24
-    if limit - little <= fits < limit and (
-        zeros is Zeros.INTEGER or not gated
-    ):  # not so gated pairs, whose waves are many
+    # Gated pairs mostly come in many waves, of which this would spare none.
+    if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
         limit = fits
     if config.splits > 1 and one_step:
         limit = min(limit, max(fits, 128))
     elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
-    limit = min(limit, 2048 // config.warps // 8 * 8)
+    limit = min(limit, registers_for(config.warps))
     if one_step and m <= 8 and groups == 1 and not gated:  # what counts is how soon the next kernel's blocks find room
         if config.warps == 16:
             limit = min(limit, 64)
@@ -280,7 +279,7 @@ def _cluster_config(
         """With how many the blocks fill so much of the chip; None where that is more than a little less than needed."""
         needed = registers_needed(row_tiles, 2, x_tiles, groups, zeros, False)
         blocks_per_sm = triton.cdiv(tiles, row_tiles) * splits / sms
-        fits = 2048 // (math.ceil(blocks_per_sm / filled) * warps) // 8 * 8
+        fits = registers_for(math.ceil(blocks_per_sm / filled) * warps)
         return min(needed, fits) if needed - little <= fits else None
 
     # registers_needed thinks of units of 128, and of integer zeros too little.
@@ -288,7 +287,7 @@ def _cluster_config(
     limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
     if limit is None:
         return None
-    if units <= 32 and unit == 128 and few_tiles == 4 and limit < 168:  # all of K in a block is faster, though no step
+    if units <= 32 and unit == 128 and few_tiles == 4 and limit < 168:  # 4096 x 6144: all of K in a block is faster
         return None
     if m <= 8:
         return DecodeConfig(few_tiles, 2, warps, 2, limit, splits, cluster=True)
@@ -299,8 +298,8 @@ def _cluster_config(
     # So many registers leave no room for clusters: the same splits, through memory, if need be in two waves.
     limit = registers(row_tiles, 2, 1.0, little)
     if limit is None:
-        limit = min(registers_needed(row_tiles, 2, 2, groups, zeros, False), 2048 // (2 * warps))
-    return DecodeConfig(row_tiles, 2, warps, 2, min(limit, 255), splits)
+        limit = min(registers_needed(row_tiles, 2, 2, groups, zeros, False), registers_for(2 * warps))
+    return DecodeConfig(row_tiles, 2, warps, 2, limit, splits)
 
 
 def _decode_blocks(
@@ -329,9 +328,7 @@ def _decode_blocks(
         return 2, 16, 1, 1 if few else 2
     if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros:  # one step of each split
         return 2, 8, triton.cdiv(units, 16), 2 if few or groups == 1 or tiles_per_sm <= 0.5 else most_tiles
-    if groups > 2 and real_zeros and tiles_per_sm <= 2:
-        if units >= 64 and tiles_per_sm <= 1:
-            return 2, 4, 4, 1 if few else 2
+    if groups > 2 and real_zeros and tiles_per_sm <= 2 and (units < 64 or tiles_per_sm > 1):
         return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         if real_zeros:
@@ -358,16 +355,18 @@ def _blocks_of_narrow_units(
     few: bool, units: int, tiles_per_sm: float, groups: int, zeros: Zeros, gated: bool
 ) -> tuple[int, int, int, int]:
     """_decode_blocks of units of 64 columns."""
-    if units >= 32 and tiles_per_sm <= 2 and not gated:
+    if gated:
+        return 2, 8, 1, 1
+    if units >= 32 and tiles_per_sm <= 2:
         steps = triton.cdiv(units, 8)
         if steps <= 8:  # one step of each split
             return 2, 4, steps, 4 if 6 < tiles_per_sm * steps <= 12 else 2
         splits, row_tiles = _long_rows(few, steps, tiles_per_sm)
         return 2, 4, splits, row_tiles if few else 4
-    if units <= 12 and groups > 1 and zeros is Zeros.NONE and tiles_per_sm > 4 and not gated:  # a small vocabulary
+    if units <= 12 and groups > 1 and zeros is Zeros.NONE and tiles_per_sm > 4:  # a small vocabulary
         return 1, 4, 1, 4
     # all of K in one step, if it is at most 1,024
-    return 2, 8, 1, 1 if tiles_per_sm <= 4 or gated else 2
+    return 2, 8, 1, 1 if tiles_per_sm <= 4 else 2
 
 
 def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
@@ -388,6 +387,11 @@ def stage_bytes(unit: int, group_size: int, zeros: Zeros, gated: bool) -> int:
     scales, of up to 8 bytes, lies there four times."""
     pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if zeros is Zeros.NONE else 2)
     return (1 + gated) * (8 * unit + pairs * 16 * 4 * 8)
+
+
+def registers_for(warps: int) -> int:
+    """How many registers a thread may have at most, for so many warps to be on an NVIDIA SM at once."""
+    return min(2048 // warps // 8 * 8, 255)
 
 
 def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, zeros: Zeros, gated: bool) -> int:

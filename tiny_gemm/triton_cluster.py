@@ -8,10 +8,10 @@ fence and no round trip is left: whoever adds waits for its bytes.
     launcher = Launcher(_kernel, cluster=4, sends=cluster_sends(R * C, THREADS), ...)
                                                                 clusters of 4 along the first dimension of the grid
 
-    buffer = shared_buffer(cluster_words(SIZE, R * C, ADDERS))
-    begin_cluster_sum(buffer, SIZE, R * C, ADDERS, THREADS)     first of all
+    buffer = shared_buffer(cluster_words(SIZE, R * C))
+    begin_cluster_sum(buffer, SIZE, R * C, THREADS)             first of all
     join_cluster()                                              before cluster_sum, where nobody waits for it
-    total = cluster_sum(acc, buffer, rank, SIZE, ADDERS)        acc fp32 [R, C]
+    total = cluster_sum(acc, buffer, rank, SIZE)                acc fp32 [R, C]
 
 Triton knows nothing of it, for which a block is a block: the instructions are PTX. Each is for all threads of a block,
 so that all three calls stand where all threads come by.
@@ -30,9 +30,9 @@ def cluster_adders(size: int) -> int:
 
 
 @triton.constexpr_function
-def cluster_words(size: int, elements: int, adders: int) -> int:
+def cluster_words(size: int, elements: int) -> int:
     """Words of shared memory for cluster_sum: a barrier of two words, on 16 bytes, and a part of each block's tile."""
-    return 4 + size * (elements // adders)
+    return 4 + size * (elements // cluster_adders(size))
 
 
 @triton.constexpr_function
@@ -61,15 +61,15 @@ def cluster_sends(elements: int, threads: int) -> int:
 
 
 @triton.constexpr_function
-def _expected_bytes(size: int, elements: int, adders: int, threads: int) -> int:
+def _expected_bytes(size: int, elements: int, threads: int) -> int:
     """What an adder is sent."""
-    return 4 * size * threads * cluster_sends(elements, threads) // adders
+    return 4 * size * threads * cluster_sends(elements, threads) // cluster_adders(size)
 
 
 @triton.jit
-def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, ADDERS: tl.constexpr, THREADS: tl.constexpr):
+def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, THREADS: tl.constexpr):
     """Makes the barrier, and says to the others that it is there."""
-    ASM: tl.constexpr = _begin_asm(_expected_bytes(SIZE, ELEMENTS, ADDERS, THREADS), SIZE)
+    ASM: tl.constexpr = _begin_asm(_expected_bytes(SIZE, ELEMENTS, THREADS), SIZE)
     tl.inline_asm_elementwise(ASM, "=r,r", [buffer], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -83,11 +83,12 @@ def join_cluster():
 
 
 @triton.jit
-def cluster_sum(acc, buffer, rank, SIZE: tl.constexpr, ADDERS: tl.constexpr):
+def cluster_sum(acc, buffer, rank, SIZE: tl.constexpr):
     """The sum of acc, fp32 [R, C], over the blocks of a cluster, in the order of their ranks.
 
-    Block `rank` of the first ADDERS gets rows rank * R / ADDERS and on, [R / ADDERS, C]; the others get zeros.
+    Block `rank` of the first cluster_adders(SIZE), A, gets rows rank * R / A and on, [R / A, C]; the others get zeros.
     """
+    ADDERS: tl.constexpr = cluster_adders(SIZE)
     R: tl.constexpr = acc.shape[0]
     C: tl.constexpr = acc.shape[1]
     ROWS: tl.constexpr = R // ADDERS

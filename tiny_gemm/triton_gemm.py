@@ -602,9 +602,8 @@ def _int4_decode_kernel(
     block_m = tl.program_id(0) // SPLITS
     block_n = tl.program_id(1)
     if CLUSTER:
-        ADDERS: tl.constexpr = cluster_adders(SPLITS)
-        buffer = shared_buffer(cluster_words(SPLITS, ROWS * BLOCK_M, ADDERS))
-        begin_cluster_sum(buffer, SPLITS, ROWS * BLOCK_M, ADDERS, 32 * WARPS)
+        buffer = shared_buffer(cluster_words(SPLITS, ROWS * BLOCK_M))
+        begin_cluster_sum(buffer, SPLITS, ROWS * BLOCK_M, 32 * WARPS)
     units = tl.cdiv(K, UNIT)
     steps = tl.cdiv(units, WARPS * WARP_UNITS)
     per_split = tl.cdiv(steps, SPLITS)
@@ -676,9 +675,9 @@ def _int4_decode_kernel(
     first_n = block_n * ROWS
     offs_m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     if CLUSTER:
-        total = cluster_sum(acc, buffer, split, SPLITS, ADDERS)
-        if split < ADDERS:
-            offs_n = first_n + split * (ROWS // ADDERS) + tl.arange(0, ROWS // ADDERS)
+        total = cluster_sum(acc, buffer, split, SPLITS)
+        if split < cluster_adders(SPLITS):
+            offs_n = first_n + split * total.shape[0] + tl.arange(0, total.shape[0])
             store_tile(total, bias_ptr, y_ptr, offs_n, offs_m, M, N)
     else:
         store_split(acc, bias_ptr, y_ptr, partial_ptr, counter_ptr, out_tile, split, first_n, offs_m, M, N, SPLITS)
@@ -1117,7 +1116,7 @@ def plan(
     unit = unit_k(k)
     splits = config.splits
     if isinstance(config, DecodeConfig):
-        if config.cluster and not (facts.capability == (9, 0) and facts.is_nvidia and launches_clusters()):
+        if config.cluster and not (facts.has_clusters and launches_clusters()):
             config = dataclasses.replace(config, cluster=False)  # the bits are the same
         if config.cluster:
             splits = 1
