@@ -1,5 +1,6 @@
 """decode_attention: one set of cases for the kernel in the interpreter, the CPU implementation, and a GPU."""
 
+import re
 from dataclasses import dataclass
 
 import aot
@@ -14,8 +15,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from tiny_gemm import device as device_module
 from tiny_gemm import ops
 from tiny_gemm.reference import decode_attention_ref, rotate_half
+from tiny_gemm.triton_cluster import cluster_adders
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
-from tiny_gemm.triton_fused_transformer import decode_work
+from tiny_gemm.triton_fused_transformer import decode_parts, decode_work
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
 HALF = [torch.bfloat16, torch.float16]
@@ -281,10 +283,11 @@ on_kernels = pytest.mark.parametrize(
 
 def check_turns(monkeypatch, device, pairs, call):
     """call() gives tensors of the same bits, however many blocks do up to six splits of each of `pairs` pairs of a
-    sequence and a KV head, and the counters are zero behind it."""
+    sequence and a KV head or whether they are a cluster, and the counters are zero behind it."""
     config = DecodeAttentionConfig(6, num_warps=4 if device == "cuda" else 1, tiles=1)
     monkeypatch.setattr(decode, "pick_config", lambda *_: config)
-    results = []
+    results = [call()] if device == "cuda" else []  # on Hopper of clusters
+    monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
     for blocks in (6 * pairs, 6 * pairs - 1, 3 * pairs + 3, 2 * pairs, pairs + 3, pairs):
         monkeypatch.setattr(decode, "blocks_of", lambda *_, blocks=blocks: blocks)
         results.append(call())
@@ -364,6 +367,7 @@ def test_a_batch_of_more_than_32_in_turns(poisoned, monkeypatch, device):
     inputs = make_inputs(Case(2, 1, 60, tuple(7 * i % 61 for i in range(35))), torch.bfloat16, device)
     expected = run(decode.decode_attention, inputs)
     check_against_oracle(decode.decode_attention, inputs)
+    monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
     monkeypatch.setattr(decode, "blocks_of", lambda *_: 40)
     for got, want in zip(run(decode.decode_attention, inputs), expected, strict=True):
         assert torch.equal(got.nan_to_num(), want.nan_to_num())
@@ -443,15 +447,20 @@ def _write_late_kernel(lengths_ptr, length):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("others", [(), (100, 1024, 0, 700, 1, 333, 64)], ids=["alone", "ragged"])
+@pytest.mark.parametrize("way", ["a block a split", "cluster", "turns"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("before, after", [(3, 900), (900, 3), (500, 501), (1023, 1024)])
-def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, after, dtype, others):
+def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, after, dtype, way):
     """Under programmatic dependent launch the kernel reads the length before the one that writes it has ended; where
     blocks take splits in turn, that moves the others' too."""
+    others = (100, 1024, 0, 700, 1, 333, 64) if way == "turns" else ()
     inputs = make_inputs(Case(8, 2, 1024, (after, *others), D=128), dtype, "cuda")
     expected = run(ops.decode_attention, inputs)
-    if others:
+    if way != "cluster":
+        monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
+    elif dtype == torch.float32 or torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters are for 16 and 8 bits, on Hopper")
+    if way == "turns":
         monkeypatch.setattr(decode, "blocks_of", lambda *_: 50)
     lengths = inputs[5]
     for _ in range(3):
@@ -462,6 +471,116 @@ def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, a
         out = ops.decode_attention(*late)
         for got, want in zip((out, late[3], late[4]), expected, strict=True):
             assert torch.equal(got.nan_to_num(), want.nan_to_num())
+
+
+@dataclass(frozen=True)
+class Clustered:
+    splits: int
+    warps: int
+    tiles: int
+    D: int
+    group: int
+    options: tuple[str, ...] = ()
+
+
+CLUSTERS = [
+    Clustered(8, 4, 1, D=128, group=4, options=("lse",)),
+    Clustered(8, 2, 2, D=64, group=4, options=("lse", "sinks", "window")),
+    Clustered(16, 4, 2, D=64, group=3),
+    Clustered(16, 4, 1, D=128, group=7, options=("norm",)),
+    Clustered(16, 8, 1, D=128, group=8, options=("softcap", "lse")),
+    Clustered(16, 4, 1, D=64, group=1),  # of fewer columns than threads, each of which several send
+    Clustered(7, 8, 1, D=64, group=1, options=("lse",)),
+    Clustered(3, 4, 2, D=128, group=1),
+    Clustered(2, 1, 2, D=64, group=5),
+    Clustered(5, 4, 1, D=80, group=2, options=("lse",)),
+    Clustered(6, 4, 2, D=96, group=4),
+    Clustered(8, 4, 1, D=256, group=2, options=("lse",)),
+    Clustered(16, 2, 1, D=128, group=16),  # more than are added up at once
+    Clustered(16, 2, 1, D=64, group=9, options=("sinks",)),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block", CLUSTERS, ids=str)
+def test_a_cluster_gives_the_bits_that_memory_gives(poisoned, monkeypatch, block):
+    """Splits that meet in shared memory and in L2, and the oracle; sequences that have all splits, one, or some."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("clusters are for Hopper")
+    config = DecodeAttentionConfig(block.splits, block.warps, block.tiles)
+    monkeypatch.setattr(decode, "pick_config", lambda *_: config)
+    step = 16 * block.tiles * block.warps
+    Lmax = step * block.splits * 2
+    case = Case(
+        2 * block.group, 2, Lmax, (Lmax - 1, 0, step - 1, step, 2 * step + 5, Lmax, step * block.splits), block.D
+    )
+    inputs = make_inputs(case, torch.bfloat16, "cuda")
+    arguments = {}
+    if "window" in block.options:
+        arguments["window"] = 3 * step + 1
+    if "softcap" in block.options:
+        arguments["softcap"] = 20.0
+    if "sinks" in block.options:
+        arguments["sinks"] = torch.randn(case.heads, device="cuda")
+    if "norm" in block.options:
+        arguments |= norms_of(case, torch.bfloat16, "cuda")
+
+    def call():
+        lse = torch.empty(len(case.lengths), case.heads, device="cuda") if "lse" in block.options else None
+        found = run(decode.decode_attention, inputs, lse=lse, **arguments)
+        return [t.nan_to_num() for t in (*found, *([] if lse is None else [lse]))]
+
+    clusters = []
+    make = decode.Launcher
+    decode._launcher.cache_clear()
+    monkeypatch.setattr(decode, "Launcher", lambda *a, **meta: clusters.append(meta.get("cluster")) or make(*a, **meta))
+    monkeypatch.setattr(decode, "is_cluster", lambda *_: True)
+    results = [call() for _ in range(20)]
+    assert clusters == [block.splits]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    for _ in range(20):
+        torch.cuda.synchronize()
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(call())
+    torch.cuda.synchronize()
+    monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
+    expected = call()
+    for result in results:
+        assert all(torch.equal(got, want) for got, want in zip(result, expected, strict=True))
+    check_against_oracle(decode.decode_attention, inputs, **arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("Lmax, D", [(512, 64), (512, 128), (1024, 64)])
+def test_what_follows_a_cluster_waits_for_it(monkeypatch, Lmax, D):
+    """A chain of decode steps in a graph, each with the output of the one before as its q, by clusters and not."""
+    inputs = make_inputs(Case(32, 8, Lmax, (Lmax - 1,), D=D), torch.bfloat16, "cuda")
+    facts = device_module.device_facts(torch.device("cuda", 0))
+    config = decode.pick_config(8, 4, Lmax, D, 2, facts)
+    if not decode.is_cluster(config, 8, 4, D, 2, True, True, facts):
+        pytest.skip("clusters are for Hopper")
+
+    def chain():
+        q, *rest = inputs
+        for _ in range(20):
+            q = decode.decode_attention(q, *rest)
+        return q
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        chain()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = chain()
+        found = []
+        for _ in range(50):
+            graph.replay()
+            found.append(out.clone())
+        monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
+        expected = chain()
+    torch.cuda.synchronize()
+    assert all(torch.equal(t, expected) for t in found)
 
 
 AOT_CASES = [  # target, head size, KV heads, group, length of the cache
@@ -490,7 +609,9 @@ def test_compiles_with(target, window, softcap, pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, 2048, 128, 2, facts)
     block_b = 32 if facts.is_nvidia else 0  # as blocks_of says
-    launcher = decode._launcher(config, block_b, 128, True, 64, 8, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts)
+    launcher = decode._launcher(
+        config, block_b, False, 128, True, 64, 8, 4, 128, torch.bfloat16, window, softcap, 1e-6, facts
+    )
     signature = signature_of(launcher, **NO_POINTERS | pointers)
     aot.check(aot.compile_launch(launcher, target, signature, unaligned=("B", "Lmax")))
 
@@ -500,7 +621,7 @@ NO_POINTERS = dict.fromkeys(("kv_scale_ptr", "lse_ptr", "sinks_ptr", "q_norm_ptr
 
 def signature_of(launcher, **more):
     known = {"lengths_ptr": "*i32", "counter_ptr": "*i32", "B": "i32", "Lmax": "i32", "scale_log2": "fp32"} | more
-    known |= {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")}
+    known = {name: "*fp32" for name in ("cos_ptr", "sin_ptr", "partial_ptr")} | known
     names = [name for name in launcher.kernel.arg_names if name not in launcher.meta]
     return {name: known.get(name, "i32" if name.startswith("stride_") else "*bf16") for name in names}
 
@@ -510,7 +631,9 @@ def signature_of(launcher, **more):
 def test_compiles_for(target, D, kv_heads, group, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
-    launcher = decode._launcher(config, 0, D, True, D // 2, kv_heads, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(
+        config, 0, False, D, True, D // 2, kv_heads, group, D, torch.bfloat16, 0, 0.0, 0.0, facts
+    )
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, target, signature, unaligned=("B", "Lmax"))
     aot.check(compiled, may_spill=D == 256 or group > 16)
@@ -535,7 +658,7 @@ def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
     """Triton takes shared memory to bring what it loads into order; none is declared beside it."""
     facts = aot.device_facts("sm_90")
     config = decode.pick_config(8, group, 2048, D, 2, facts)
-    launcher = decode._launcher(config, 0, D, False, D // 2, 8, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher(config, 0, False, D, False, D // 2, 8, group, D, torch.bfloat16, 0, 0.0, 0.0, facts)
     signature = signature_of(launcher, **NO_POINTERS)
     compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax", unaligned))
     aot.check(compiled, vector_loads=False, may_spill=True)
@@ -548,7 +671,9 @@ def test_compiles_for_rows_that_begin_anywhere(D, group, unaligned):
 def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
     facts = aot.device_facts(target)
     config = decode.pick_config(8, 4, Lmax, D, 2, facts)
-    launcher = decode._launcher.__wrapped__(config, 32, D, True, D // 2, 8, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts)
+    launcher = decode._launcher.__wrapped__(
+        config, 32, False, D, True, D // 2, 8, 4, D, torch.bfloat16, 0, 0.0, 0.0, facts
+    )
     compiled = aot.compile_launch(launcher, target, signature_of(launcher, **NO_POINTERS), unaligned=("B", "Lmax"))
     aot.check(compiled)
     if target == "sm_90":
@@ -570,10 +695,40 @@ def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
 def test_blocks_that_take_more_registers_have_room(Lmax, block_b, pointers):
     facts = aot.device_facts("sm_90")
     config = decode.pick_config(8, 4, Lmax, 64, 2, facts)
-    launcher = decode._launcher(config, block_b, 64, True, 32, 8, 4, 64, torch.bfloat16, 0, 0.0, 1e-6, facts)
+    launcher = decode._launcher(config, block_b, False, 64, True, 32, 8, 4, 64, torch.bfloat16, 0, 0.0, 1e-6, facts)
     signature = signature_of(launcher, **NO_POINTERS | (WITH["norm"][2] if pointers == "norm" else pointers))
     compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax"))
     check_room(compiled, config, 4, 64, 2, plain=False)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "D, kv_heads, group, Lmax",
+    [
+        *[(64, 8, 4, 512), (64, 8, 4, 1024), (64, 8, 4, 2048), (128, 8, 4, 512), (128, 8, 4, 1024), (64, 3, 3, 4096)],
+        *[(128, 4, 7, 2048), (128, 4, 7, 4096), (96, 8, 4, 512), (256, 4, 2, 1024), (64, 16, 1, 512), (64, 4, 16, 512)],
+    ],
+)
+def test_clusters_send_what_is_waited_for(D, kv_heads, group, Lmax):
+    """Bytes that never come would be waited for for ever: how often a thread sends depends on Triton's layouts."""
+    facts = aot.device_facts("sm_90")
+    config = decode.pick_config(kv_heads, group, Lmax, D, 2, facts)
+    assert decode.is_cluster(config, kv_heads, group, D, 2, True, True, facts)
+    launcher = decode._launcher(
+        config, 0, True, D, True, D // 2, kv_heads, group, D, torch.bfloat16, 0, 0.0, 0.0, facts
+    )
+    signature = signature_of(launcher, **NO_POINTERS | {"lse_ptr": "*fp32", "partial_ptr": None, "counter_ptr": None})
+    compiled = aot.compile_launch(launcher, "sm_90", signature, unaligned=("B", "Lmax"))
+    aot.check(compiled, may_spill=D == 256)
+    check_room(compiled, config, group, D, 2)
+    size, threads = launcher.cluster, 32 * config.num_warps
+    shape = threads, triton.next_power_of_2(group), triton.next_power_of_2(D)
+    sends = len(re.findall(r"\bSTAS\b", compiled.assembly))
+    assert size == config.num_splits and sends == launcher.sends == decode_parts.sends_of_split(*shape)
+    assert cluster_adders(size) * decode_parts._bytes_of_split(*shape, size) == 4 * threads * sends
+    words = decode._exchange(config.num_warps, group, D, 2) + decode_parts.words_of_splits(size, *shape)
+    assert compiled.static_shared_memory == 4 * words
+    assert "ATOMG" not in compiled.assembly and "MEMBAR" not in compiled.assembly
 
 
 def check_room(compiled, config, group, D, itemsize, plain=True):
@@ -615,11 +770,32 @@ def test_config_has_no_batch_and_fits():
     for Lmax in (4096, 8192):
         assert decode.pick_config(8, 4, Lmax, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=1)
     assert decode.pick_config(8, 4, 8192, 64, 2, facts).num_splits == 2 * (132 // 8)
-    assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 64, "where heads are few"
+    assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 32, "where heads are few, two tiles each"
+    assert decode.pick_config(2, 6, 4096, 128, 2, facts) == DecodeAttentionConfig(16, num_warps=8, tiles=1)
     assert decode.pick_config(3, 3, 100, 64, 2, facts).num_splits == 1
-    assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 3, "no more splits than the cache has tiles"
+    assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 5, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 1, 4096, 64, 2, facts).num_splits == 1
     assert decode.pick_config(1, 8, 10**6, 128, 2, facts).num_splits == 64, "the last block has to add them up"
+
+
+def test_clusters_where_they_find_room():
+    facts = aot.device_facts("sm_90")
+
+    def cluster(batch, Lmax, D=128, kv_heads=8, itemsize=2, aligned=True, plain=True, facts=facts):
+        config = decode.pick_config(kv_heads, 4, Lmax, D, itemsize, facts)
+        return decode.is_cluster(config, kv_heads * batch, 4, D, itemsize, aligned, plain, facts)
+
+    assert cluster(1, 512) and cluster(1, 1024) and cluster(1, 512, D=64) and cluster(1, 2048, D=64)
+    assert not cluster(1, 128), "one split"
+    assert cluster(2, 512) and not cluster(2, 1024), "128 blocks of a small tile, and of a large one"
+    assert not cluster(4, 512), "256 blocks, two on an SM: nearly all that have room"
+    assert cluster(8, 512, D=64), "256 blocks, six on an SM"
+    assert not cluster(8, 512, D=64, plain=False), "registers"
+    assert not cluster(1, 2048), "128 blocks of a large tile"
+    assert not cluster(1, 8192, D=64), "32 splits are no cluster"
+    assert not cluster(1, 512, itemsize=4) and not cluster(1, 512, aligned=False), "through Triton's shared memory"
+    for target in aot.TARGETS:
+        assert target == "sm_90" or not cluster(1, 512, facts=aot.device_facts(target))
 
 
 def test_blocks_take_turns_only_where_not_all_fit():
@@ -633,7 +809,7 @@ def test_blocks_take_turns_only_where_not_all_fit():
 
     assert blocks(1, 32768) == (128, 128)
     assert blocks(2, 2048) == (256, 256)
-    assert blocks(8, 512, D=64) == (256, 256)
+    assert blocks(8, 512, D=64) == (512, 512)
     assert blocks(64, 100) == (512, 512)
     assert blocks(4, 2048) == (2 * 132, 512)
     assert blocks(16, 2048) == (2 * 132, 2048)

@@ -446,7 +446,7 @@ def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, 
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
     launcher = decode._launcher(
-        config, block_b, D, True, D // 2, kv_heads, group, D, CACHES[cache], window, softcap, 1e-6, facts
+        config, block_b, False, D, True, D // 2, kv_heads, group, D, CACHES[cache], window, softcap, 1e-6, facts
     )
     caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
     signature = signature_of(launcher, **NO_POINTERS | caches | pointers)

@@ -24,7 +24,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_cluster": {"triton_parts"},
     "int4_config": {"quantize_utils", "device"},
     "triton_gemm": {"quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config"},
-    "triton_fused_transformer": {"quantize_utils", "device", "launcher", "triton_parts", "int4_config", "triton_gemm"},
+    "triton_fused_transformer": {
+        *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "triton_gemm"),
+    },
     "ops": {"quantize_utils", "device", "reference", "triton_gemm", "triton_fused_transformer"},
     "modules": {"quantize_utils", "ops"},
     "integrations": {"quantize_utils", "ops", "modules"},

@@ -1,4 +1,4 @@
-"""Sums over a cluster of blocks, through each other's shared memory (Hopper).
+"""Blocks of a cluster that send each other partial results, through each other's shared memory (Hopper).
 
 Blocks that share an output tile could meet in device memory: partial sums to L2, a fence, a counter, and for the last
 one to arrive the way back, some 0.9 us at the end of a kernel that takes four. The blocks of a cluster are on the chip
@@ -13,8 +13,11 @@ fence and no round trip is left: whoever adds waits for its bytes.
     join_cluster()                                              before cluster_sum, where nobody waits for it
     total = cluster_sum(acc, buffer, rank, SIZE)                acc fp32 [R, C]
 
+What is no plain sum is made of the same parts: begin_cluster; join_cluster; send, to an address 16 bytes or more behind
+another block's buffer; expect_bytes, if not said at the beginning; sent, which waits for them.
+
 Triton knows nothing of it, for which a block is a block: the instructions are PTX. Each is for all threads of a block,
-so that all three calls stand where all threads come by.
+so that all calls stand where all threads come by. A block may end when it has been sent what it expects.
 """
 
 import triton
@@ -37,6 +40,7 @@ def cluster_words(size: int, elements: int) -> int:
 
 @triton.constexpr_function
 def _begin_asm(num_bytes: int, size: int) -> str:
+    expect = f"@first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], {num_bytes};" if num_bytes else ""
     return f"""{{
         .reg .pred first, alone;
         .reg .u32 tid, size;
@@ -48,7 +52,7 @@ def _begin_asm(num_bytes: int, size: int) -> str:
         setp.eq.u32 first, tid, 0;
         @first mbarrier.init.shared::cta.b64 [$1], 1;
         @first fence.mbarrier_init.release.cluster;
-        @first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], {num_bytes};
+        {expect}
         barrier.cluster.arrive.relaxed.aligned;
         mov.u32 $0, 0;
         }}"""
@@ -67,10 +71,16 @@ def _expected_bytes(size: int, elements: int, threads: int) -> int:
 
 
 @triton.jit
-def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, THREADS: tl.constexpr):
-    """Makes the barrier, and says to the others that it is there."""
-    ASM: tl.constexpr = _begin_asm(_expected_bytes(SIZE, ELEMENTS, THREADS), SIZE)
+def begin_cluster(buffer, SIZE: tl.constexpr, NUM_BYTES: tl.constexpr):
+    """Makes the barrier, the first two words of the buffer, and says to the others that it is there. NUM_BYTES: what
+    this block will be sent; 0: expect_bytes will say."""
+    ASM: tl.constexpr = _begin_asm(NUM_BYTES, SIZE)
     tl.inline_asm_elementwise(ASM, "=r,r", [buffer], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, THREADS: tl.constexpr):
+    begin_cluster(buffer, SIZE, _expected_bytes(SIZE, ELEMENTS, THREADS))
 
 
 @triton.jit
@@ -79,6 +89,66 @@ def join_cluster():
     threads take differently, of which LLVM is not told.)"""
     tl.inline_asm_elementwise(
         "barrier.cluster.wait.aligned; mov.u32 $0, 0;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def expect_bytes(buffer, num_bytes):
+    """Says what this block will be sent, once, where begin_cluster did not know."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred first;
+        .reg .u32 tid;
+        .reg .b64 state;
+        mov.u32 tid, %tid.x;
+        setp.eq.u32 first, tid, 0;
+        @first mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r",
+        [buffer, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def send(x, to, buffer, block):
+    """Sends x, fp32, to addresses `to` in the memory of blocks `block`, where `buffer` lies as here; all of one shape,
+    but for the buffer. Of elements that several threads have each sends its own: see cluster_sends."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .b32 there, barrier;
+        mapa.shared::cluster.u32 there, $1, $3;
+        mapa.shared::cluster.u32 barrier, $2, $3;
+        st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [barrier];
+        mov.u32 $0, 0;
+        }""",
+        "=r,r,r,r,f",
+        [to, buffer, block, x],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def sent(buffer):
+    """Waits until all is there that this block is sent, and gives the address at which it begins."""
+    # Acquired for the block only: what was sent is in its own memory, which no cache stands before.
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .pred done;
+        wait: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], 0;
+        @!done bra wait;
+        add.u32 $0, $1, 16;
+        }""",
+        "=r,r",
+        [buffer],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -94,37 +164,11 @@ def cluster_sum(acc, buffer, rank, SIZE: tl.constexpr):
     ROWS: tl.constexpr = R // ADDERS
     row = tl.arange(0, R)[:, None]
     col = tl.arange(0, C)[None, :]
-    to = buffer + 16 + ((rank * ROWS + row % ROWS) * C + col) * 4  # in the memory of block row // ROWS
-    tl.inline_asm_elementwise(
-        """{
-        .reg .b32 there, barrier;
-        mapa.shared::cluster.u32 there, $1, $3;
-        mapa.shared::cluster.u32 barrier, $2, $3;
-        st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [there], $4, [barrier];
-        mov.u32 $0, 0;
-        }""",
-        "=r,r,r,r,f",
-        [to, buffer, (row // ROWS).broadcast_to(R, C), acc],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    to = buffer + 16 + ((rank * ROWS + row % ROWS) * C + col) * 4
+    send(acc, to, buffer, (row // ROWS).broadcast_to(R, C))
     total = tl.zeros([ROWS, C], tl.float32)
     if rank < ADDERS:
-        # Acquired for the block only: what was sent is in its own memory, which no cache stands before.
-        parts = tl.inline_asm_elementwise(
-            """{
-            .reg .pred done;
-            wait: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], 0;
-            @!done bra wait;
-            add.u32 $0, $1, 16;
-            }""",
-            "=r,r",
-            [buffer],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        parts = sent(buffer)
         offs = (tl.arange(0, ROWS)[:, None] * C + col) * 4
         for i in tl.static_range(SIZE):
             total += load_shared(parts + (offs + i * (ROWS * C * 4)))

@@ -36,13 +36,15 @@ import triton.language as tl
 from torch import Tensor
 
 from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch
-from tiny_gemm.launcher import Launcher
+from tiny_gemm.launcher import Launcher, launches_clusters
+from tiny_gemm.triton_cluster import begin_cluster, join_cluster
 from tiny_gemm.triton_fused_transformer.decode_parts import (
     EXCHANGE_WORDS,
     decode_attention_cost,
     exchange_buffer,
     exchange_words,
     finish,
+    finish_in_cluster,
     insert,
     load_pairs,
     load_vectors,
@@ -51,8 +53,10 @@ from tiny_gemm.triton_fused_transformer.decode_parts import (
     prefetch_row,
     rope_row,
     rotate,
+    sends_of_split,
     start_softmax,
     store_partial,
+    words_of_splits,
 )
 from tiny_gemm.triton_fused_transformer.decode_tiles import (
     attend,
@@ -71,9 +75,10 @@ from tiny_gemm.triton_fused_transformer.decode_work import (
     tokens,
     window_begin,
 )
-from tiny_gemm.triton_parts import pdl_options, prefetch_l2, wait_for_previous
+from tiny_gemm.triton_parts import pdl_options, prefetch_l2, shared_buffer, wait_for_previous
 
 LOG2_E = 1.4426950408889634
+CLUSTERS_FILL = 0.78  # of the blocks that have room on the chip: more find none together (docs/notes/int4-gemm.md)
 MOST_SPLITS = 64  # of a sequence and KV head: the last block adds up what all have
 
 
@@ -132,6 +137,7 @@ def _decode_attention_kernel(
     WINDOW: tl.constexpr,
     NUM_SPLITS: tl.constexpr,
     BLOCK_B: tl.constexpr,  # 0: a block for each split; else at least B, and blocks take splits in turn
+    CLUSTER: tl.constexpr,  # the blocks of a sequence and KV head, one for each split, are a cluster
     WARPS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -148,6 +154,10 @@ def _decode_attention_kernel(
     IS_8_BIT: tl.constexpr = kv_scale_ptr is not None
     E_V: tl.constexpr = min(E, BLOCK_D // 8)
     PAIR_IN_THREAD: tl.constexpr = 2 * ROPE_HALF == BLOCK_D and ROPE_HALF % (4 * E) == 0
+    tl.static_assert(not CLUSTER or (BLOCK_B == 0 and MERGE_IN_SHARED))
+    if CLUSTER:
+        buffer = shared_buffer(words_of_splits(NUM_SPLITS, 32 * WARPS, triton.next_power_of_2(G), BLOCK_D))
+        begin_cluster(buffer, NUM_SPLITS, 0)
     if PDL and q_norm_ptr is not None:
         prefetch_row(q_norm_ptr, D)
         prefetch_row(k_norm_ptr, D)
@@ -263,7 +273,9 @@ def _decode_attention_kernel(
 
     begin = window_begin(length, Lmax, WINDOW)
     splits = num_splits(length, Lmax, begin, STEP, NUM_SPLITS)
-    if split >= splits:
+    if CLUSTER:
+        join_cluster()
+    elif split >= splits:
         return
     group = batch * KV_HEADS + kv_head
     at_k = k_cache_ptr + (batch * stride_cb + kv_head * stride_ch)
@@ -276,7 +288,7 @@ def _decode_attention_kernel(
         exchange = exchange_buffer(WARPS, BLOCK_G, BLOCK_D, E_V)
     done = 1
     start = first_tile(length, split, Lmax, STEP) - splits * STEP
-    go_on = split < splits  # true, but a loop carries a tensor
+    go_on = split < splits  # of a cluster a block without a split may have to add up others
     while go_on:  # a split; only one if not BLOCK_B
         while start >= begin // STEP * STEP:  # from its second tile from the end to its first; all tokens exist
             pointers = tile_pointers(at_k, at_v, at_scale, start, STEP, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, True)
@@ -287,26 +299,32 @@ def _decode_attention_kernel(
             )  # fmt: skip
             start -= splits * STEP
         go_on = (BLOCK_B > 0) & (split + blocks < splits)
-        if go_on:
-            start = first_tile(length, split + blocks, Lmax, STEP)
-            pointers = tile_pointers(at_k, at_v, at_scale, start, STEP, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, True)
-            k, even, odd, scales = load_tile(pointers, IS_8_BIT, D, BLOCK_D, E, E_V, True)
-            # While the next split's first tile is on its way, the warps meet over this one.
-            store_partial(top, total, acc, exchange, partial_ptr, group, split, G, NUM_SPLITS, E_V, USE_ASM)
-            tl.debug_barrier()  # what they met through is free again
-            top, total = start_softmax(None, kv_head, split, G, WARPS, BLOCK_G, 0.0)
-            top, total, acc = attend(
-                q, q_scale, k, even, odd, scales, top, total, None, begin - start, STEP,
-                SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
-            )  # fmt: skip
-            start -= splits * STEP
-            split += blocks
-            done += 1
+        if BLOCK_B > 0:
+            if go_on:
+                start = first_tile(length, split + blocks, Lmax, STEP)
+                pointers = tile_pointers(at_k, at_v, at_scale, start, STEP, STRIDE, BLOCK_D, WARPS, TILES, E, E_V, True)
+                k, even, odd, scales = load_tile(pointers, IS_8_BIT, D, BLOCK_D, E, E_V, True)
+                # While the next split's first tile is on its way, the warps meet over this one.
+                store_partial(top, total, acc, exchange, partial_ptr, group, split, G, NUM_SPLITS, E_V, USE_ASM)
+                tl.debug_barrier()  # what they met through is free again
+                top, total = start_softmax(None, kv_head, split, G, WARPS, BLOCK_G, 0.0)
+                top, total, acc = attend(
+                    q, q_scale, k, even, odd, scales, top, total, None, begin - start, STEP,
+                    SOFTCAP, WINDOW, IS_8_BIT, FP8, HAS_E4M3, USE_ASM,
+                )  # fmt: skip
+                start -= splits * STEP
+                split += blocks
+                done += 1
 
-    finish(
-        top, total, acc, exchange, partial_ptr, counter_ptr, out_ptr, lse_ptr, group, split, splits, done,
-        G, D, NUM_SPLITS, E_V, USE_ASM,
-    )  # fmt: skip
+    if CLUSTER:
+        finish_in_cluster(
+            top, total, acc, exchange, buffer, out_ptr, lse_ptr, group, split, splits, G, D, NUM_SPLITS, E_V, USE_ASM
+        )
+    else:
+        finish(
+            top, total, acc, exchange, partial_ptr, counter_ptr, out_ptr, lse_ptr, group, split, splits, done,
+            G, D, NUM_SPLITS, E_V, USE_ASM,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -333,22 +351,23 @@ def pick_config(
     if itemsize == 4 or block_d > 128:
         tiles = 1
     elif itemsize == 1:
-        tiles = 4 if block_d <= 64 and max_length > 512 else 2
+        tiles = 4 if block_d <= 64 and max_length > 1024 else 2
         splits *= 2 if max_length > 16384 else 1
     elif block_d > 64:
-        if max_length >= 256 * splits:
+        if max_length >= min(256 * splits, 4096):
             num_warps, tiles = 8, 1
-        elif max_length > 4096:
-            splits *= 2
-        elif 128 < max_length <= 32 * splits:
+            splits = min(splits, max_length // 256)
+        elif 128 < max_length <= min(512, 32 * splits):
             tiles = 1
     elif max_length > 4096:
         splits *= 2
         tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
-    elif max_length > 1024 and max_length >= 128 * splits:
+    elif max_length > 1024 and max_length >= min(128 * splits, 4096):
         tiles = 4
     elif 512 < max_length <= min(1024, 64 * splits):
         tiles = 1
+    elif 128 < max_length <= min(512, 64 * splits) and device.has_clusters:
+        num_warps = 2
     if not device.is_nvidia or group > 8:  # more rows of queries fill registers
         tiles = min(tiles, 1 if itemsize == 1 else 2)
     if group > 16:
@@ -366,11 +385,12 @@ def _exchange(num_warps: int, group: int, head_dim: int, itemsize: int) -> int:
 
 
 def _meets_in_shared(
-    config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int, aligned: bool, device: DeviceFacts
-) -> bool:
-    """Whether a block's warps meet in shared memory of the kernel's own. Of rows that begin elsewhere, and of float32,
-    Triton brings the tiles into order through much shared memory itself."""
-    fits = _exchange(config.num_warps, group, head_dim, itemsize) <= EXCHANGE_WORDS
+    config: DecodeAttentionConfig, group: int, head_dim: int, itemsize: int, aligned: bool, device: DeviceFacts,
+    more_words: int = 0,
+) -> bool:  # fmt: skip
+    """Whether a block's warps meet in shared memory of the kernel's own, of which it takes more_words besides. Of rows
+    that begin elsewhere, and of float32, Triton brings the tiles into order through much shared memory itself."""
+    fits = _exchange(config.num_warps, group, head_dim, itemsize) + more_words <= EXCHANGE_WORDS
     return device.is_nvidia and aligned and itemsize <= 2 and fits
 
 
@@ -407,9 +427,34 @@ def blocks_of(
 
 
 @cache
+def is_cluster(
+    config: DecodeAttentionConfig, heads: int, group: int, head_dim: int, itemsize: int, aligned: bool, plain: bool,
+    device: DeviceFacts,
+) -> bool:  # fmt: skip
+    """Whether the splits of each of `heads` full pairs of a sequence and a KV head are a cluster of blocks, which find
+    room on the chip together. The bits are the same.
+
+    Not where there is a block for nearly each SM and it reads much at once: clusters do not come to lie so evenly, and
+    an SM with two takes longer than what the meeting saves.
+    """
+    size = config.num_splits
+    if not device.has_clusters or size == 1 or (size > 8 and size != 16):  # sizes that Triton's launcher can ask for
+        return False
+    words = words_of_splits(size, 32 * config.num_warps, *map(triton.next_power_of_2, (group, head_dim)))
+    if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device, words):
+        return False
+    an_sm = size * heads / device.sm_count
+    tile_bytes = 16 * config.tiles * config.num_warps * 2 * head_dim * itemsize
+    if 0.75 < an_sm <= 1 and tile_bytes > 32 * 1024:
+        return False
+    return an_sm <= CLUSTERS_FILL * blocks_per_sm(config, group, head_dim, itemsize, plain)
+
+
+@cache
 def _launcher(
     config: DecodeAttentionConfig,
     block_b: int,
+    cluster: bool,
     stride: int,
     aligned: bool,
     rope_half: int,
@@ -433,6 +478,7 @@ def _launcher(
         "WINDOW": window,
         "NUM_SPLITS": config.num_splits,
         "BLOCK_B": block_b,
+        "CLUSTER": cluster,
         "WARPS": config.num_warps,
         "TILES": config.tiles,
         "BLOCK_G": max(8 if facts.is_nvidia else 16, triton.next_power_of_2(group)),  # what the tensor core takes
@@ -446,6 +492,9 @@ def _launcher(
         "num_warps": config.num_warps,
         **pdl_options(facts),
     }
+    if cluster:
+        sends = sends_of_split(32 * config.num_warps, *map(triton.next_power_of_2, (group, head_dim)))
+        meta |= {"cluster": config.num_splits, "sends": sends}
     return Launcher(_decode_attention_kernel, **meta)
 
 
@@ -493,9 +542,6 @@ def decode_attention(
     cached = k_cache.dtype
     config = pick_config(kv_heads, group, window or Lmax, D, cached.itemsize, facts)
     out = q.new_empty(batch, heads, D)
-    floats = partial_floats(config.num_splits, triton.next_power_of_2(group), triton.next_power_of_2(D))
-    partial = scratch(q, batch * kv_heads * floats)
-    arrivals = counters(q.device, batch * kv_heads)
     if cached == torch.float8_e4m3fn:  # Triton knows e4m3 only where the GPU does
         k_cache, v_cache = k_cache.view(torch.int8), v_cache.view(torch.int8)
     scale_strides = (0, 0) if kv_scale is None else kv_scale.stride()[:2]
@@ -508,11 +554,21 @@ def decode_attention(
         low_bits |= n
     aligned = low_bits % 16 == 0
     plain = batch <= 32 and q_norm is None and sinks is None and not window and not softcap
-    blocks = blocks_of(config, batch * kv_heads, group, D, cached.itemsize, aligned, plain, facts)
-    block_b, grid = 0, (config.num_splits, kv_heads, batch)
-    if blocks < config.num_splits * kv_heads * batch:
-        block_b, grid = max(32, triton.next_power_of_2(batch)), (blocks, 1, 1)
-    _launcher(config, block_b, stride, aligned, rope_half, kv_heads, group, D, cached, window, softcap, eps, facts)(
+    shape = config, batch * kv_heads, group, D, cached.itemsize, aligned, plain, facts
+    block_b, grid, partial, arrivals = 0, (config.num_splits, kv_heads, batch), None, None
+    cluster = is_cluster(*shape) and launches_clusters()
+    if cluster:
+        grid = 1, kv_heads, batch
+    else:
+        blocks = blocks_of(*shape)
+        if blocks < config.num_splits * kv_heads * batch:
+            block_b, grid = max(32, triton.next_power_of_2(batch)), (blocks, 1, 1)
+        floats = partial_floats(config.num_splits, triton.next_power_of_2(group), triton.next_power_of_2(D))
+        partial = scratch(q, batch * kv_heads * floats)
+        arrivals = counters(q.device, batch * kv_heads)
+    _launcher(
+        config, block_b, cluster, stride, aligned, rope_half, kv_heads, group, D, cached, window, softcap, eps, facts
+    )(
         grid,
         (
             q, k, v, k_cache, v_cache, kv_scale, lengths, rope_cos, rope_sin, q_norm, k_norm, sinks,

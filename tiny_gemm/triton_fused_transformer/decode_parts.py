@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
+from tiny_gemm.triton_cluster import cluster_adders, expect_bytes, send, sent
 from tiny_gemm.triton_parts import add_warps, arrive, load_shared, prefetch_l2, shared_buffer
 
 
@@ -423,6 +424,111 @@ def finish(
         tl.store(counter_ptr + group, 0)
 
 
+@triton.constexpr_function
+def _cluster_part(threads: int, group: int, block_d: int, size: int) -> int:
+    """Of how many of a block's threads each block that adds up gets what they have of a split."""
+    return group * _lanes(threads, group, block_d) // cluster_adders(size)
+
+
+@triton.constexpr_function
+def words_of_splits(size: int, threads: int, group: int, block_d: int) -> int:
+    """Words of shared memory for finish_in_cluster: what send asks for, and what each split's threads send."""
+    columns = block_d // _lanes(threads, group, block_d)
+    return 4 + size * (columns + 1) * _cluster_part(threads, group, block_d, size)
+
+
+@triton.constexpr_function
+def sends_of_split(threads: int, group: int, block_d: int) -> int:
+    """How often a thread sends: its columns, and the weight of its head."""
+    return block_d // _lanes(threads, group, block_d) + 1
+
+
+@triton.constexpr_function
+def _bytes_of_split(threads: int, group: int, block_d: int, size: int) -> int:
+    """What each block that adds up is sent of a split. Of fewer heads and lanes than threads several threads have each,
+    and all send."""
+    senders = max(threads // cluster_adders(size), _cluster_part(threads, group, block_d, size))
+    return 4 * sends_of_split(threads, group, block_d) * senders
+
+
+@triton.jit
+def finish_in_cluster(
+    top,  # [WARPS, BLOCK_G]
+    total,
+    acc,  # [WARPS, BLOCK_D, BLOCK_G]
+    exchange,  # see _merge_warps
+    buffer,  # of words_of_splits; begin_cluster and join_cluster are behind us
+    out_ptr,
+    lse_ptr,
+    group,
+    split,
+    splits,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    SIZE: tl.constexpr,
+    E: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """finish where the splits of a sequence and KV head are a cluster of SIZE blocks, and each a block's only one; to
+    the bit what that gives. Some of the blocks, with a split or without, add up a part of the columns each."""
+    GROUP: tl.constexpr = triton.next_power_of_2(G)
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    THREADS: tl.constexpr = 32 * acc.shape[0]
+    LANES: tl.constexpr = _lanes(THREADS, GROUP, BLOCK_D)
+    R: tl.constexpr = BLOCK_D // LANES
+    ADDERS: tl.constexpr = cluster_adders(SIZE)
+    PART: tl.constexpr = _cluster_part(THREADS, GROUP, BLOCK_D, SIZE)
+    BYTES: tl.constexpr = _bytes_of_split(THREADS, GROUP, BLOCK_D, SIZE)
+    out_ptr += group * (G * D)
+    is_adder = (splits > 1) & (split < ADDERS)
+    if is_adder:
+        expect_bytes(buffer, splits * BYTES)
+    if split < splits:
+        out, weight = _merge_warps(top, total, acc, exchange, GROUP, LANES, E, USE_ASM)
+        if splits == 1:
+            _store_output(out_ptr, lse_ptr, out, weight, group, G, D)
+        else:  # a split is [R + 1, PART] in the memory of each that adds up: columns, and the weights
+            thread = tl.arange(0, GROUP * LANES)[None, :]
+            at = buffer + 16 + (split * ((R + 1) * PART) + thread % PART) * 4
+            block = thread // PART
+            send(out, at + tl.arange(0, R)[:, None] * (PART * 4), buffer, block.broadcast_to(out.shape))
+            send(weight[None, :], at + R * PART * 4, buffer, block)
+    if is_adder:
+        parts = sent(buffer)
+        offs = tl.arange(0, PART * R)
+        out, weight = _add_sent(parts + offs // R * 4, offs % R, splits, PART, R, SIZE, _at_once(SIZE, R))
+        column = split * (PART * R) + offs
+        head, column = column // BLOCK_D, column % BLOCK_D
+        mask = (head < G) & (column < D)
+        tl.store(out_ptr + head * D + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+        if lse_ptr is not None:
+            tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=mask & (column == 0))
+
+
+@triton.jit
+def _add_sent(
+    parts,  # [C]: address of the first of the thread's words, of the first split
+    r,  # [C]: which of its columns
+    splits,
+    PART: tl.constexpr,
+    R: tl.constexpr,
+    SIZE: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """_add_partials of what finish_in_cluster sends: (sums, log2 of the weights) [C]."""
+    top = tl.full(parts.shape, float("-inf"), tl.float32)
+    total = tl.zeros(parts.shape, tl.float32)
+    acc = tl.zeros(parts.shape, tl.float32)
+    for start in tl.static_range(0, SIZE, AT_ONCE):
+        weights, partials = (), ()
+        for i in tl.static_range(start, min(start + AT_ONCE, SIZE)):
+            split = parts + i * ((R + 1) * PART * 4)
+            weights += (tl.where(i < splits, load_shared(split + R * PART * 4), float("-inf")),)
+            partials += (tl.where(i < splits, load_shared(split + r * (PART * 4)), 0.0),)
+        top, total, acc = _add_weighted(weights, partials, top, total, acc)
+    return acc * (1.0 / total), top + tl.log2(total)
+
+
 @triton.jit
 def _store_output(out_ptr, lse_ptr, out, weight, group, G: tl.constexpr, D: tl.constexpr):
     """What _merge_warps gives: out to out_ptr [G, D], weight, as a natural logarithm, to lse_ptr [B * Hkv, G]."""
@@ -433,6 +539,12 @@ def _store_output(out_ptr, lse_ptr, out, weight, group, G: tl.constexpr, D: tl.c
     tl.store(out_ptr + head[None, :] * D + col, out.to(out_ptr.dtype.element_ty), mask=mask)
     if lse_ptr is not None:
         tl.store(lse_ptr + group * G + head, weight * 0.6931471805599453, mask=is_first)
+
+
+@triton.constexpr_function
+def _at_once(splits: int, columns: int) -> int:
+    """How many partial results of `columns` columns a thread loads at once."""
+    return max(1, min(_weights_of(splits), 64 // columns))
 
 
 @triton.jit
@@ -449,36 +561,49 @@ def _add_partials(
 
     Every thread adds up its own columns and none waits for another. The sums always run in one order.
     """
-    AT_ONCE: tl.constexpr = max(1, min(ALL, 64 // R))  # partials in flight
+    AT_ONCE: tl.constexpr = _at_once(ALL, R)
     V: tl.constexpr = min(4, R)
-    W: tl.constexpr = min(4, AT_ONCE)
     N: tl.constexpr = GROUP * LANES
-    offs_n = tl.arange(0, N)
+    offs_n = tl.arange(0, N)[:, None, None]
     offs_r = tl.arange(0, R // V)[:, None] * V + tl.arange(0, V)[None, :]
-    top = tl.full([N], float("-inf"), tl.float32)
-    total = tl.zeros([N], tl.float32)
+    top = tl.full([N, 1, 1], float("-inf"), tl.float32)
+    total = tl.zeros([N, 1, 1], tl.float32)
     acc = tl.zeros([N, R // V, V], tl.float32)
     for start in tl.range(0, splits, AT_ONCE, num_stages=1):
-        split = start + tl.arange(0, AT_ONCE // W)[:, None] * W + tl.arange(0, W)[None, :]
-        weight = tl.load(
-            weight_ptr + (offs_n // LANES * ALL)[:, None, None] + split[None],
-            mask=split[None] < splits,
-            other=float("-inf"),
-            cache_modifier=".cg",
-        ).reshape(N, AT_ONCE)
-        split = start + tl.arange(0, AT_ONCE)
-        partial = tl.load(
-            partial_ptr + ((split[None, :] * N + offs_n[:, None]) * R)[:, :, None, None] + offs_r[None, None],
-            mask=(split < splits)[None, :, None, None],
-            other=0.0,
-            cache_modifier=".cg",
-        )  # [N, AT_ONCE, R / V, V]
-        new_top = tl.maximum(top, tl.max(weight, 1))
-        factor = tl.exp2(weight - new_top[:, None])
-        rescale = tl.exp2(top - new_top)
-        total = tl.fma(total, rescale, tl.sum(factor, 1))
-        sums = tl.sum(partial * factor[:, :, None, None], 1)
-        acc = tl.fma(acc, rescale[:, None, None].broadcast_to(acc.shape), sums)
-        top = new_top
-    out = (acc * (1.0 / total)[:, None, None]).reshape(N, R).permute(1, 0)
-    return out, top + tl.log2(total)
+        weights, partials = (), ()
+        for i in tl.static_range(AT_ONCE):
+            split = start + i
+            weight = tl.load(
+                weight_ptr + (offs_n // LANES * ALL + split),
+                mask=split < splits,
+                other=float("-inf"),
+                cache_modifier=".cg",
+            )
+            weights += (weight,)
+            partial = tl.load(
+                partial_ptr + ((split * N + offs_n) * R + offs_r[None]),
+                mask=split < splits,
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            partials += (partial,)
+        top, total, acc = _add_weighted(weights, partials, top, total, acc)
+    out = (acc * (1.0 / total)).reshape(N, R).permute(1, 0)
+    return out, (top + tl.log2(total)).reshape(N)
+
+
+@triton.jit
+def _add_weighted(weights, partials, top, total, acc):
+    """(top, total, acc) with more partial results: total is the sum of 2 ** (weight - top), acc that of the partial
+    results times it. One after the other, so that the bits do not depend on how the tensors lie in registers."""
+    new_top = top
+    for i in tl.static_range(len(weights)):
+        new_top = tl.maximum(new_top, weights[i])
+    rescale = tl.exp2(top - new_top)
+    total *= rescale
+    acc *= rescale
+    for i in tl.static_range(len(weights)):
+        factor = tl.exp2(weights[i] - new_top)
+        total += factor
+        acc = tl.fma(partials[i], factor.broadcast_to(acc.shape), acc)
+    return new_top, total, acc
