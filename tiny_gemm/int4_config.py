@@ -234,7 +234,7 @@ def _register_limit(
     limit = 128 if needed == 136 else needed
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
     fits = registers_for(blocks_per_sm * config.warps)
-    little = 48 if config.splits > 1 else 24
+    little = 24 if config.splits == 1 else 64 if zeros is Zeros.NONE else 48
     # Gated pairs mostly come in many waves, of which this would spare none.
     if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
         limit = fits
@@ -335,8 +335,11 @@ def _decode_blocks(
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
         if groups > 2 or (groups > 1 and units > 96):
             return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
-        if tiles_per_sm > 1:
-            return 2, 4, 4, 2 if few or groups > 1 else most_tiles
+        if tiles_per_sm > 1:  # as many splits of as few steps each as fit the chip at once, four blocks of two tiles an SM
+            steps = triton.cdiv(units, 8)
+            splits = triton.cdiv(steps, triton.cdiv(steps, int(8 / tiles_per_sm)))
+            fills = tiles_per_sm * splits > 6.4  # two blocks of four tiles each SM too
+            return 2, 4, splits, 2 if few or groups > 1 or not fills else most_tiles
         return 2, 4, 4, 1 if m == 1 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
