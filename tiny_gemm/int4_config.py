@@ -335,7 +335,7 @@ def _decode_blocks(
             return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
         if groups > 2 or (groups > 1 and units > 96):
             return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
-        if tiles_per_sm > 1:  # as many splits of as few steps each as fit the chip at once, four blocks of two tiles an SM
+        if tiles_per_sm > 1:  # as few steps a split as fit the chip at once, four blocks of two tiles an SM
             steps = triton.cdiv(units, 8)
             splits = triton.cdiv(steps, triton.cdiv(steps, int(8 / tiles_per_sm)))
             fills = tiles_per_sm * splits > 6.4  # two blocks of four tiles each SM too
