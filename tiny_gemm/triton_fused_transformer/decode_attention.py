@@ -17,7 +17,9 @@ Where the splits lie depends on the sequence's own length, on Lmax and on the ch
 results are added in a fixed order: a row has the same bits alone and in any batch, by whichever block and loop a split
 was done (which is why the kernel writes its fused multiply-adds out, and the compiler may add none). The blocks of a
 (sequence, KV head) count the splits that they have done; the last one adds the partials up and zeroes the counter
-again. Nobody waits for anybody.
+again. Nobody waits for anybody. Or, where is_cluster says so, they are a cluster of Hopper's, a block for each split,
+and send their partials into each other's shared memory (triton_cluster.py), with the same bits and without the way
+through L2.
 
 The first split has the last tile, and with it the new token: it uses k and v from its registers, rounded as the cache
 rounds them, and stores them; nobody reads that position.
@@ -342,8 +344,8 @@ def pick_config(
     max_length is the cache's, or the window if that is less.
 
     Swept on an H200, 2026-11-29 and 30 (docs/notes/attention.md; benchmarks/sweep_decode_attention.py does it again):
-    32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batches of 1 to 8, caches of 16 and 8 bits; the
-    day before also 9 and 3 heads of size 64. Other chips, head sizes and numbers of heads take after it.
+    32 query and 8 KV heads of size 64 and 128, 128 to 32,768 tokens, batches of 1 to 8, caches of 16 and 8 bits; 9 and
+    3 heads of size 64, 28 and 4 and 12 and 2 of size 128. Other chips, head sizes and numbers of heads take after it.
     """
     block_d = triton.next_power_of_2(head_dim)
     splits = max(1, device.sm_count // kv_heads)
