@@ -1271,7 +1271,7 @@ def dequantize_weight(
     """The Int4Weight given by its parts as a matrix [n, k] of bf16 or fp16."""
     facts = device_facts(packed.device)
     y = packed.new_empty(n, k, dtype=dtype)
-    grid = triton.cdiv(n, TILE_N), triton.cdiv(k, DEQUANTIZE_K), 1
+    grid = -(-n // TILE_N), -(-k // DEQUANTIZE_K), 1
     _dequantize_launcher(unit_k(k), group_size, facts)(grid, (packed, scales, zeros, y), (n, k))
     return y
 

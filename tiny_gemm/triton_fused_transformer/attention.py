@@ -183,6 +183,7 @@ class AttentionConfig:
     num_stages: int
 
 
+@cache
 def pick_config(rows: int, head_dim: int, itemsize: int, has_dropout: bool, device: DeviceFacts) -> AttentionConfig:
     """rows: Lq * G, the rows of one KV group.
 
@@ -279,7 +280,7 @@ def fused_attention(
     if scale < SMALLEST_SCALE:
         q, scale = torch.zeros_like(q), 1.0
     _launcher(config, causal, window, softcap, dropout_p > 0, group, D, facts)(
-        (triton.cdiv(Lq * group, config.block_m), kv_heads, batch),
+        (-(-Lq * group // config.block_m), kv_heads, batch),
         (q, k, v, None if sinks is None else sinks.contiguous(), out),
         (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], Lq, Lk, scale * LOG2_E, float(dropout_p), seed),
     )

@@ -453,6 +453,12 @@ def is_cluster(
 
 
 @cache
+def _partial_floats(num_splits: int, group: int, head_dim: int) -> int:
+    """Of a sequence and KV head. (A function that kernels call takes its time when the host does.)"""
+    return partial_floats(num_splits, triton.next_power_of_2(group), triton.next_power_of_2(head_dim))
+
+
+@cache
 def _launcher(
     config: DecodeAttentionConfig,
     block_b: int,
@@ -564,9 +570,8 @@ def decode_attention(
     else:
         blocks = blocks_of(*shape)
         if blocks < config.num_splits * kv_heads * batch:
-            block_b, grid = max(32, triton.next_power_of_2(batch)), (blocks, 1, 1)
-        floats = partial_floats(config.num_splits, triton.next_power_of_2(group), triton.next_power_of_2(D))
-        partial = scratch(q, batch * kv_heads * floats)
+            block_b, grid = max(32, 1 << (batch - 1).bit_length()), (blocks, 1, 1)
+        partial = scratch(q, batch * kv_heads * _partial_floats(config.num_splits, group, D))
         arrivals = counters(q.device, batch * kv_heads)
     _launcher(
         config, block_b, cluster, stride, aligned, rope_half, kv_heads, group, D, cached, window, softcap, eps, facts
