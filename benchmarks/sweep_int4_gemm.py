@@ -27,9 +27,8 @@ from benchmarks.presets import clone, group_size, projections, random_weight
 from benchmarks.sweeps import compile_all, one_line, parse, sweep_parser
 from benchmarks.timing import Machine, measure_machine, time_us
 from tiny_gemm import triton_gemm
-from tiny_gemm.device import DeviceFacts, device_facts
+from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts, device_facts
 from tiny_gemm.int4_config import (
-    CLUSTERS_FILL,
     DECODE_ROWS,
     PREFILL_BLOCKS,
     DecodeConfig,

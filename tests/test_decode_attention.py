@@ -1,7 +1,7 @@
 """decode_attention: one set of cases for the kernel in the interpreter, the CPU implementation, and a GPU."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import aot
 import interpreter
@@ -460,6 +460,9 @@ def test_a_length_written_while_the_kernel_starts_is_seen(monkeypatch, before, a
         monkeypatch.setattr(decode, "is_cluster", lambda *_: False)
     elif dtype == torch.float32 or torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("clusters are for 16 and 8 bits, on Hopper")
+    else:
+        facts = device_module.device_facts(torch.device("cuda", 0))
+        assert decode.is_cluster(decode.pick_config(2, 4, 1024, 128, 2, facts), 2, 4, 128, 2, True, True, facts)
     if way == "turns":
         monkeypatch.setattr(decode, "blocks_of", lambda *_: 50)
     lengths = inputs[5]
@@ -549,6 +552,25 @@ def test_a_cluster_gives_the_bits_that_memory_gives(poisoned, monkeypatch, block
     for result in results:
         assert all(torch.equal(got, want) for got, want in zip(result, expected, strict=True))
     check_against_oracle(decode.decode_attention, inputs, **arguments)
+
+
+@pytest.mark.gpu
+def test_a_capture_after_a_cluster(monkeypatch):
+    """An op that has run may be captured, also where what ran was a cluster and what is captured counts arrivals."""
+    monkeypatch.setattr(device_module, "_CAPTURED", {})
+    monkeypatch.setattr(device_module, "_COUNTERS", {})
+    on_hopper = torch.cuda.get_device_capability() == (9, 0)
+    monkeypatch.setattr(decode, "is_cluster", lambda config, pairs, *_: on_hopper and pairs == 8)
+    one, two = (make_inputs(Case(32, 8, 1024, lengths, 128), torch.bfloat16, "cuda") for lengths in ((9,), (1023, 70)))
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        decode.decode_attention(*one)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = decode.decode_attention(*two)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_close(out, decode_attention_ref(*two)[0])
 
 
 @pytest.mark.gpu
@@ -772,6 +794,9 @@ def test_config_has_no_batch_and_fits():
     assert decode.pick_config(8, 4, 8192, 64, 2, facts).num_splits == 2 * (132 // 8)
     assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 32, "where heads are few, two tiles each"
     assert decode.pick_config(2, 6, 4096, 128, 2, facts) == DecodeAttentionConfig(16, num_warps=8, tiles=1)
+    for Lmax in (4097, 5000, 8191):
+        splits = decode.pick_config(4, 7, Lmax, 128, 2, facts).num_splits
+        assert -(-Lmax // 128) <= 2 * splits, "no split of three tiles"
     assert decode.pick_config(3, 3, 100, 64, 2, facts).num_splits == 1
     assert decode.pick_config(3, 3, 300, 64, 2, facts).num_splits == 5, "no more splits than the cache has tiles"
     assert decode.pick_config(1000, 1, 4096, 64, 2, facts).num_splits == 1
@@ -794,6 +819,9 @@ def test_clusters_where_they_find_room():
     assert not cluster(1, 2048), "128 blocks of a large tile"
     assert not cluster(1, 8192, D=64), "32 splits are no cluster"
     assert not cluster(1, 512, itemsize=4) and not cluster(1, 512, aligned=False), "through Triton's shared memory"
+    assert cluster(1, 4096, kv_heads=4) and not cluster(1, 4096, kv_heads=4, facts=replace(facts, sm_count=114))
+    wide = DecodeAttentionConfig(4, num_warps=1, tiles=1)
+    assert not decode.is_cluster(wide, 1, 71, 32, 2, True, True, facts), "a thread would have several heads"
     for target in aot.TARGETS:
         assert target == "sm_90" or not cluster(1, 512, facts=aot.device_facts(target))
 

@@ -1,5 +1,7 @@
 """decode_attention over a KV cache of 8 bits: the kernel in the interpreter, the CPU implementation, and a GPU."""
 
+import re
+
 import aot
 import interpreter
 import pytest
@@ -31,6 +33,7 @@ from test_decode_attention import (
 from tiny_gemm import ops
 from tiny_gemm.reference import KV_LARGEST, decode_attention_ref, quantize_kv_ref
 from tiny_gemm.triton_fused_transformer import decode_attention as decode
+from tiny_gemm.triton_fused_transformer import decode_parts
 from tiny_gemm.triton_fused_transformer.decode_attention import DecodeAttentionConfig
 
 CACHES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn}
@@ -442,11 +445,25 @@ def test_compiles_for_float32_queries(D, Lmax, cache):
     aot.check(compile_for("sm_90", D, 8, 4, Lmax, cache, **queries))
 
 
-def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, block_b=0, **pointers):
+@pytest.mark.aot
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("D, Lmax", [(64, 512), (128, 1024)])
+def test_clusters_send_what_is_waited_for(D, Lmax, cache):
+    facts = aot.device_facts("sm_90")
+    config = decode.pick_config(8, 4, Lmax, D, 1, facts)
+    assert decode.is_cluster(config, 8, 4, D, 1, True, True, facts)
+    compiled = compile_for("sm_90", D, 8, 4, Lmax, cache, cluster=True, partial_ptr=None, counter_ptr=None)
+    aot.check(compiled)
+    check_room(compiled, config, 4, D, 1)
+    assert len(re.findall(r"\bSTAS\b", compiled.assembly)) == decode_parts.sends_of_split(32 * config.num_warps, 4, D)
+    assert "ATOMG" not in compiled.assembly
+
+
+def compile_for(target, D, kv_heads, group, Lmax, cache, window=0, softcap=0.0, block_b=0, cluster=False, **pointers):
     facts = aot.device_facts(target)
     config = decode.pick_config(kv_heads, group, window or Lmax, D, 1, facts)
     launcher = decode._launcher(
-        config, block_b, False, D, True, D // 2, kv_heads, group, D, CACHES[cache], window, softcap, 1e-6, facts
+        config, block_b, cluster, D, True, D // 2, kv_heads, group, D, CACHES[cache], window, softcap, 1e-6, facts
     )
     caches = {"k_cache_ptr": "*i8", "v_cache_ptr": "*i8", "kv_scale_ptr": "*fp32"}
     signature = signature_of(launcher, **NO_POINTERS | caches | pointers)

@@ -28,6 +28,10 @@ class DeviceFacts:
         return self.is_nvidia and self.capability == (9, 0)
 
 
+# Clusters, whose blocks must find room together, find so much of what a chip has for blocks; more come in two waves.
+# Found on an H200, 2026-11-30 (docs/notes).
+CLUSTERS_FILL = 0.78
+
 # What kernels see in Triton's interpreter: a tiny chip, so that small tests have several waves of blocks.
 INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)
 
@@ -113,6 +117,12 @@ def counters(device: torch.device, n: int, kind: str = "arrivals") -> Tensor:
         _RETIRED.append(buffer)
     buffer = _COUNTERS[kind, stream] = torch.zeros(max(n, 4096), dtype=torch.int32, device=device)
     return buffer
+
+
+def set_up_counters(device: torch.device, kind: str = "arrivals") -> None:
+    """So that a later launch which counts may be captured, where this one does not count but is an ordinary call."""
+    if (kind, device) not in _CAPTURED and _current_stream(device) is not None:
+        counters(device, 1, kind)
 
 
 def scratch(x: Tensor, n: int) -> Tensor:

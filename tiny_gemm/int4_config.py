@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from tiny_gemm.device import DeviceFacts
+from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts
 from tiny_gemm.quantize_utils import TILE_N, unit_k
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
@@ -234,7 +234,9 @@ def _register_limit(
     limit = 128 if needed == 136 else needed
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
     fits = registers_for(blocks_per_sm * config.warps)
-    little = 24 if config.splits == 1 else 64 if zeros is Zeros.NONE else 48
+    little = 24 if config.splits == 1 else 48
+    if zeros is Zeros.NONE and config.splits > 1 and (groups == 1 or config.splits > 4):
+        little = 64
     # Gated pairs mostly come in many waves, of which this would spare none.
     if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
         limit = fits
@@ -249,9 +251,6 @@ def _register_limit(
         elif config.warps == 8 and zeros is Zeros.NONE:
             limit = min(limit, 88)
     return limit
-
-
-CLUSTERS_FILL = 0.78  # of the chip at most: of blocks that must find room together, more come in two waves
 
 
 def _cluster_config(

@@ -31,6 +31,8 @@ interpreter, in debug and instrumentation modes, and while a launch hook is set 
 ordinary one. A kept kernel does not notice that a global which it reads, or a compilation knob of Triton, has changed.
 """
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
@@ -185,6 +187,7 @@ def knows_triton() -> bool:
     return known and type(_enter_hooks) is type(_exit_hooks) is knobs.HookChain
 
 
+@cache
 def launches_clusters() -> bool:
     """Whether a Launcher can: what it tells Triton's launcher was read in the source of this Triton."""
     return triton.__version__.startswith("3.6.") and torch.version.hip is None

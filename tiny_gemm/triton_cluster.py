@@ -14,7 +14,7 @@ fence and no round trip is left: whoever adds waits for its bytes.
     total = cluster_sum(acc, buffer, rank, SIZE)                acc fp32 [R, C]
 
 What is no plain sum is made of the same parts: begin_cluster; join_cluster; send, to an address 16 bytes or more behind
-another block's buffer; expect_bytes, if not said at the beginning; sent, which waits for them.
+another block's buffer; expect_bytes, if not said at the beginning; receive, which waits for them.
 
 Triton knows nothing of it, for which a block is a block: the instructions are PTX. Each is for all threads of a block,
 so that all calls stand where all threads come by. A block may end when it has been sent what it expects.
@@ -73,7 +73,7 @@ def _expected_bytes(size: int, elements: int, threads: int) -> int:
 @triton.jit
 def begin_cluster(buffer, SIZE: tl.constexpr, NUM_BYTES: tl.constexpr):
     """Makes the barrier, the first two words of the buffer, and says to the others that it is there. NUM_BYTES: what
-    this block will be sent; 0: expect_bytes will say."""
+    this block will be sent; 0: expect_bytes will say, which may be said once, in one of the two ways."""
     ASM: tl.constexpr = _begin_asm(NUM_BYTES, SIZE)
     tl.inline_asm_elementwise(ASM, "=r,r", [buffer], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -116,7 +116,8 @@ def expect_bytes(buffer, num_bytes):
 @triton.jit
 def send(x, to, buffer, block):
     """Sends x, fp32, to addresses `to` in the memory of blocks `block`, where `buffer` lies as here; all of one shape,
-    but for the buffer. Of elements that several threads have each sends its own: see cluster_sends."""
+    but for the buffer. Of elements that several threads have each sends its own: see cluster_sends. They may arrive
+    before the other block has said what it expects: until then its barrier waits for it to say so."""
     tl.inline_asm_elementwise(
         """{
         .reg .b32 there, barrier;
@@ -134,7 +135,7 @@ def send(x, to, buffer, block):
 
 
 @triton.jit
-def sent(buffer):
+def receive(buffer):
     """Waits until all is there that this block is sent, and gives the address at which it begins."""
     # Acquired for the block only: what was sent is in its own memory, which no cache stands before.
     return tl.inline_asm_elementwise(
@@ -168,7 +169,7 @@ def cluster_sum(acc, buffer, rank, SIZE: tl.constexpr):
     send(acc, to, buffer, (row // ROWS).broadcast_to(R, C))
     total = tl.zeros([ROWS, C], tl.float32)
     if rank < ADDERS:
-        parts = sent(buffer)
+        parts = receive(buffer)
         offs = (tl.arange(0, ROWS)[:, None] * C + col) * 4
         for i in tl.static_range(SIZE):
             total += load_shared(parts + (offs + i * (ROWS * C * 4)))

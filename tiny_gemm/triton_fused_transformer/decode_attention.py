@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch
+from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts, counters, device_facts, scratch, set_up_counters
 from tiny_gemm.launcher import Launcher, launches_clusters
 from tiny_gemm.triton_cluster import begin_cluster, join_cluster
 from tiny_gemm.triton_fused_transformer.decode_parts import (
@@ -80,7 +80,6 @@ from tiny_gemm.triton_fused_transformer.decode_work import (
 from tiny_gemm.triton_parts import pdl_options, prefetch_l2, shared_buffer, wait_for_previous
 
 LOG2_E = 1.4426950408889634
-CLUSTERS_FILL = 0.78  # of the blocks that have room on the chip: more find none together (docs/notes/int4-gemm.md)
 MOST_SPLITS = 64  # of a sequence and KV head: the last block adds up what all have
 
 
@@ -114,8 +113,8 @@ def _decode_attention_kernel(
     q_norm_ptr,  # [D], or None
     k_norm_ptr,
     sinks_ptr,  # [Hq], or None
-    partial_ptr,  # [B, Hkv] of what partial_floats says
-    counter_ptr,  # [B, Hkv] int32, zero before and after
+    partial_ptr,  # [B, Hkv] of what partial_floats says, None if CLUSTER
+    counter_ptr,  # [B, Hkv] int32, zero before and after, None if CLUSTER
     out_ptr,  # [B, Hq, D]
     lse_ptr,  # [B, Hq] fp32, or None
     stride_qb,
@@ -358,7 +357,7 @@ def pick_config(
     elif block_d > 64:
         if max_length >= min(256 * splits, 4096):
             num_warps, tiles = 8, 1
-            splits = min(splits, max_length // 256)
+            splits = min(splits, triton.cdiv(max_length, 256))
         elif 128 < max_length <= min(512, 32 * splits):
             tiles = 1
     elif max_length > 4096:
@@ -439,17 +438,22 @@ def is_cluster(
     Not where there is a block for nearly each SM and it reads much at once: clusters do not come to lie so evenly, and
     an SM with two takes longer than what the meeting saves.
     """
-    size = config.num_splits
+    size, threads = config.num_splits, 32 * config.num_warps
     if not device.has_clusters or size == 1 or (size > 8 and size != 16):  # sizes that Triton's launcher can ask for
         return False
-    words = words_of_splits(size, 32 * config.num_warps, *map(triton.next_power_of_2, (group, head_dim)))
+    per_sm = blocks_per_sm(config, group, head_dim, itemsize, plain)
+    if size == 16 and per_sm == 1 and device.sm_count < 132:  # parts of the chip may have fewer SMs than that
+        return False
+    if group > threads:  # a thread would have several heads
+        return False
+    words = words_of_splits(size, threads, *map(triton.next_power_of_2, (group, head_dim)))
     if not _meets_in_shared(config, group, head_dim, itemsize, aligned, device, words):
         return False
     an_sm = size * heads / device.sm_count
     tile_bytes = 16 * config.tiles * config.num_warps * 2 * head_dim * itemsize
     if 0.75 < an_sm <= 1 and tile_bytes > 32 * 1024:
         return False
-    return an_sm <= CLUSTERS_FILL * blocks_per_sm(config, group, head_dim, itemsize, plain)
+    return an_sm <= CLUSTERS_FILL * per_sm
 
 
 @cache
@@ -564,9 +568,10 @@ def decode_attention(
     plain = batch <= 32 and q_norm is None and sinks is None and not window and not softcap
     shape = config, batch * kv_heads, group, D, cached.itemsize, aligned, plain, facts
     block_b, grid, partial, arrivals = 0, (config.num_splits, kv_heads, batch), None, None
-    cluster = is_cluster(*shape) and launches_clusters()
+    cluster = launches_clusters() and is_cluster(*shape)
     if cluster:
         grid = 1, kv_heads, batch
+        set_up_counters(q.device)
     else:
         blocks = blocks_of(*shape)
         if blocks < config.num_splits * kv_heads * batch:

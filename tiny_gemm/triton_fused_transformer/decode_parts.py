@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from tiny_gemm.device import tensor_bytes
-from tiny_gemm.triton_cluster import cluster_adders, expect_bytes, send, sent
+from tiny_gemm.triton_cluster import cluster_adders, expect_bytes, receive, send
 from tiny_gemm.triton_parts import add_warps, arrive, load_shared, prefetch_l2, shared_buffer
 
 
@@ -494,7 +494,7 @@ def finish_in_cluster(
             send(out, at + tl.arange(0, R)[:, None] * (PART * 4), buffer, block.broadcast_to(out.shape))
             send(weight[None, :], at + R * PART * 4, buffer, block)
     if is_adder:
-        parts = sent(buffer)
+        parts = receive(buffer)
         offs = tl.arange(0, PART * R)
         out, weight = _add_sent(parts + offs // R * 4, offs % R, splits, PART, R, SIZE, _at_once(SIZE, R))
         column = split * (PART * R) + offs
