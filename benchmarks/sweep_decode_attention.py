@@ -81,7 +81,7 @@ def compile_one(job: tuple) -> str | None:
     """Compiles a configuration into Triton's cache by a call with a small cache; returns what went wrong."""
     device, heads, dtype, cached, config = job
     try:
-        for batch in (1, 32):  # in large batches blocks take splits in turn, by a kernel of its own
+        for batch in (1, 2, 4, 8, 32):  # clusters, a block for each split, and blocks that take splits in turn
             inputs, options = inputs_of(device, heads, batch, 16, dtype, cached)
             attend(config, *inputs, **options)
     except Exception as e:

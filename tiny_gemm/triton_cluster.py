@@ -80,6 +80,7 @@ def begin_cluster(buffer, SIZE: tl.constexpr, NUM_BYTES: tl.constexpr):
 
 @triton.jit
 def begin_cluster_sum(buffer, SIZE: tl.constexpr, ELEMENTS: tl.constexpr, THREADS: tl.constexpr):
+    """begin_cluster, of cluster_sum."""
     begin_cluster(buffer, SIZE, _expected_bytes(SIZE, ELEMENTS, THREADS))
 
 
