@@ -234,9 +234,9 @@ def _register_limit(
     limit = 128 if needed == 136 else needed
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
     fits = registers_for(blocks_per_sm * config.warps)
-    little = 24 if config.splits == 1 else 48
-    if zeros is Zeros.NONE and config.splits > 1 and (groups == 1 or config.splits > 4):
-        little = 64  # 16 rows of 9728 x 2560, 128 for 184: the fastest of those timed
+    little = 24
+    if config.splits > 1:  # 64: 16 rows of 9728 x 2560, 128 for 184, the fastest of those timed
+        little = 64 if zeros is Zeros.NONE and (groups == 1 or config.splits > 4) else 48
     # Gated pairs mostly come in many waves, of which this would spare none.
     if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
         limit = fits
@@ -335,8 +335,7 @@ def _decode_blocks(
         if groups > 2 or (groups > 1 and units > 96):
             return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
         if tiles_per_sm > 1:  # as few steps a split as fit the chip at once, four blocks of two tiles an SM
-            steps = triton.cdiv(units, 8)
-            splits = triton.cdiv(steps, triton.cdiv(steps, int(8 / tiles_per_sm)))
+            splits = _even_splits(triton.cdiv(units, 8), int(8 / tiles_per_sm))
             fills = tiles_per_sm * splits > 6.4  # two blocks of four tiles each SM too
             return 2, 4, splits, 2 if few or groups > 1 or not fills else most_tiles
         return 2, 4, 4, 1 if m == 1 else 2
@@ -371,11 +370,15 @@ def _blocks_of_narrow_units(
     return 2, 8, 1, 1 if tiles_per_sm <= 4 else 2
 
 
+def _even_splits(steps: int, most: int) -> int:
+    """The fewest splits of which none has more steps than with `most`: none is left without a step."""
+    return triton.cdiv(steps, triton.cdiv(steps, most))
+
+
 def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
     """(splits, row_tiles) where K is more than 8 steps of 512 columns, of 4 warps each, and N at most two row tiles an
     SM: four blocks fit an SM, or of one row tile more, and those are taken that fill it better."""
-    splits = 8 if tiles_per_sm <= 1 else 4
-    splits = triton.cdiv(steps, triton.cdiv(steps, splits))  # none is left without a step
+    splits = _even_splits(steps, 8 if tiles_per_sm <= 1 else 4)
 
     def filled(row_tiles: int) -> float:
         blocks_per_sm = tiles_per_sm * splits / row_tiles
