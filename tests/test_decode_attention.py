@@ -798,7 +798,8 @@ def test_config_has_no_batch_and_fits():
     assert decode.pick_config(8, 4, 2048, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=4, tiles=2)
     for Lmax in (4096, 8192):
         assert decode.pick_config(8, 4, Lmax, 128, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=1)
-    assert decode.pick_config(8, 4, 8192, 64, 2, facts).num_splits == 2 * (132 // 8)
+        assert decode.pick_config(8, 4, 2 * Lmax, 64, 2, facts) == DecodeAttentionConfig(132 // 8, num_warps=8, tiles=2)
+    assert decode.pick_config(8, 4, 32768, 64, 2, facts).num_splits == 2 * (132 // 8)
     assert decode.pick_config(3, 3, 8192, 128, 2, facts).num_splits == 32, "where heads are few, two tiles each"
     assert decode.pick_config(2, 6, 4096, 128, 2, facts) == DecodeAttentionConfig(16, num_warps=8, tiles=1)
     for Lmax in (4097, 5000, 8191):
@@ -823,8 +824,8 @@ def test_clusters_where_they_find_room():
     assert not cluster(4, 512), "256 blocks, two on an SM: nearly all that have room"
     assert cluster(8, 512, D=64), "256 blocks, six on an SM"
     assert not cluster(8, 512, D=64, plain=False), "registers"
-    assert not cluster(1, 2048), "128 blocks of a large tile"
-    assert not cluster(1, 8192, D=64), "32 splits are no cluster"
+    assert not cluster(1, 2048) and not cluster(1, 8192, D=64), "128 blocks of a large tile"
+    assert not cluster(1, 32768, D=64), "32 splits are no cluster"
     assert not cluster(1, 512, itemsize=4) and not cluster(1, 512, aligned=False), "through Triton's shared memory"
     assert cluster(1, 4096, kv_heads=4) and not cluster(1, 4096, kv_heads=4, facts=replace(facts, sm_count=114))
     wide = DecodeAttentionConfig(4, num_warps=1, tiles=1)
@@ -850,7 +851,8 @@ def test_blocks_take_turns_only_where_not_all_fit():
     assert blocks(16, 2048) == (2 * 132, 2048)
     assert blocks(64, 2048) == (64 * 8 * 8, 64 * 8 * 16), "two splits each, where a pair would have one block"
     assert blocks(8, 8192, itemsize=1) == (2 * 132, 1024)
-    assert blocks(8, 8192, D=64) == (4 * 132, 2048)
-    assert blocks(8, 8192, D=64, plain=False) == (2 * 132, 2048), "registers"
+    assert blocks(16, 1024, D=64) == (4 * 132, 2048)
+    assert blocks(16, 1024, D=64, plain=False) == (2 * 132, 2048), "registers"
+    assert blocks(8, 8192, D=64) == (132, 1024), "eight warps of two tiles"
     assert blocks(64, 2048, itemsize=4) == (8192, 8192), "its warps meet through Triton's shared memory"
     assert blocks(64, 2048, aligned=False) == (8192, 8192), "likewise"

@@ -72,7 +72,8 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                 assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
-                    if zeros is Zeros.INTEGER and c.row_tiles > 1 and not c.is_one_step(-(-k // unit)):
+                    in_a_ring = c.row_tiles > 1 and not c.is_one_step(-(-k // unit))
+                    if zeros is Zeros.INTEGER and in_a_ring and (c.warp_units == 1 or 0 < group_size < unit):
                         stage *= 2
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
 
@@ -83,21 +84,31 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
         (16384, 2048, 128, Zeros.NONE, False, (1, 1, 4, 64, 1), (2, 1, 4, 96, 1), (2, 1, 4, 128, 1)),
         (16384, 2048, 128, Zeros.INTEGER, False, (2, 1, 4, 96, 1), (2, 1, 4, 96, 1), (2, 1, 4, 128, 1)),
         (8192, 2048, 128, Zeros.NONE, False, (2, 2, 4, 128, 1), (2, 2, 4, 128, 1), (4, 2, 4, 248, 1)),
-        (6144, 4096, 128, Zeros.NONE, False, (1, 2, 8, 80, 1), (1, 2, 8, 80, 1), (4, 2, 8, 248, 1)),
+        (6144, 4096, 128, Zeros.NONE, False, (2, 2, 8, 128, 1), (2, 2, 8, 128, 1), (2, 2, 8, 128, 1)),
         (6144, 4096, 32, Zeros.NONE, False, (1, 1, 8, 80, 1), (1, 1, 8, 80, 1), (2, 1, 8, 128, 1)),
-        (2048, 8192, 32, Zeros.REAL, False, (1, 2, 4, 128, 4), (1, 2, 4, 128, 4), (2, 2, 4, 255, 4)),
+        (2048, 8192, 32, Zeros.REAL, False, (2, 2, 8, 128, 4), (2, 2, 8, 128, 4), (2, 2, 8, 128, 4)),
+        (2048, 6144, 32, Zeros.REAL, False, (2, 2, 4, 168, 6), (2, 2, 4, 168, 6), (2, 2, 4, 168, 6)),
+        (9216, 3072, 128, Zeros.NONE, False, (1, 2, 4, 96, 1), (1, 2, 4, 96, 1), (2, 2, 4, 168, 1)),
+        (9216, 3072, 32, Zeros.NONE, False, (1, 2, 4, 96, 1), (1, 2, 4, 96, 1), (2, 2, 4, 168, 1)),
+        (9216, 3072, 32, Zeros.REAL, False, (1, 1, 4, 96, 1), (1, 1, 4, 96, 1), (2, 1, 4, 168, 1)),
         (4096, 14336, 128, Zeros.NONE, False, (2, 2, 4, 128, 4), (2, 2, 4, 128, 4), (4, 2, 4, 248, 4)),
         (4096, 14336, 32, Zeros.NONE, False, (2, 1, 4, 128, 4), (2, 1, 4, 128, 4), (2, 1, 4, 128, 4)),
         (2560, 9728, 128, Zeros.NONE, False, (2, 2, 4, 128, 5), (2, 2, 4, 128, 5), (2, 2, 4, 128, 5)),
         (2304, 9216, 128, Zeros.NONE, False, (2, 2, 4, 128, 5), (2, 2, 4, 128, 5), (2, 2, 4, 168, 5)),
         (3584, 18944, 32, Zeros.NONE, False, (1, 1, 4, 72, 4), (1, 1, 4, 72, 4), (2, 1, 4, 128, 4)),
-        (1536, 8960, 32, Zeros.NONE, False, (1, 1, 4, 96, 6), (1, 1, 4, 96, 6), (2, 1, 4, 144, 6)),
+        (1536, 8960, 32, Zeros.NONE, False, (2, 2, 8, 128, 5), (2, 2, 8, 128, 5), (2, 2, 8, 128, 5)),
+        (1536, 8960, 128, Zeros.INTEGER, False, (2, 2, 8, 128, 5), (2, 2, 8, 128, 5), (2, 2, 8, 128, 5)),
+        (2304, 9216, 32, Zeros.NONE, False, (2, 2, 4, 152, 5), (2, 2, 4, 152, 5), (2, 2, 4, 168, 5)),
         (2048, 10944, 32, Zeros.NONE, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
         (2048, 10944, 32, Zeros.INTEGER, False, (2, 2, 4, 128, 8), (2, 2, 4, 128, 8), (4, 2, 4, 255, 8)),
         (49152, 576, 32, Zeros.NONE, False, (4, 1, 4, 128, 1), (4, 1, 4, 128, 1), (4, 1, 4, 255, 1)),
         (49152, 960, 32, Zeros.NONE, False, (2, 2, 8, 128, 1), (2, 2, 8, 128, 1), (2, 2, 8, 192, 1)),
         (8192, 2048, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (2, 2, 4, 232, 1)),
-        (18944, 3584, 128, Zeros.NONE, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (1, 2, 4, 176, 1)),
+        (18944, 3584, 128, Zeros.NONE, True, (1, 1, 4, 96, 1), (1, 1, 4, 96, 1), (1, 1, 4, 96, 1)),
+        (12288, 4096, 128, Zeros.NONE, True, (1, 1, 4, 80, 1), (1, 1, 4, 80, 1), (2, 1, 4, 168, 1)),
+        (12288, 4096, 128, Zeros.INTEGER, True, (1, 2, 4, 128, 1), (1, 2, 4, 128, 1), (1, 2, 4, 168, 1)),
+        (8960, 1536, 32, Zeros.NONE, True, (1, 1, 4, 96, 1), (1, 1, 4, 96, 1), (1, 1, 4, 96, 1)),
+        (8960, 1536, 32, Zeros.REAL, True, (1, 1, 4, 96, 1), (1, 1, 4, 96, 1), (1, 1, 4, 168, 1)),
         # clusters
         (4096, 4096, 128, Zeros.NONE, False, (4, 2, 4, 168, 4, True), (4, 2, 4, 168, 4, True), (4, 2, 4, 168, 4, True)),
         (4096, 4096, 32, Zeros.NONE, False, (2, 2, 4, 96, 4, True), (2, 2, 4, 96, 4, True), (4, 2, 4, 255, 4)),
@@ -105,6 +116,9 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
         (2048, 8192, 32, Zeros.NONE, False, (2, 2, 4, 96, 8, True), (2, 2, 4, 96, 8, True), (4, 2, 4, 255, 8)),
         (2048, 6144, 128, Zeros.NONE, False, (2, 2, 4, 128, 6, True), (2, 2, 4, 128, 6, True), (2, 2, 4, 128, 6, True)),
         (3072, 3072, 128, Zeros.NONE, False, (2, 2, 4, 128, 3, True), (2, 2, 4, 128, 3, True), (2, 2, 4, 168, 3, True)),
+        (6144, 2560, 128, Zeros.NONE, False, (4, 1, 4, 96, 5, True), (4, 1, 4, 96, 5, True), (4, 1, 4, 128, 5)),
+        (3584, 3584, 32, Zeros.NONE, False, (4, 1, 4, 128, 7, True), (4, 1, 4, 128, 7, True), (4, 1, 4, 168, 7)),
+        (3072, 3072, 32, Zeros.REAL, False, (2, 2, 4, 168, 3, True), (2, 2, 4, 168, 3, True), (2, 2, 4, 168, 3)),
         (5120, 5120, 128, Zeros.NONE, False, (4, 2, 4, 128, 5, True), (4, 2, 4, 128, 5, True), (4, 2, 4, 248, 5)),
         (1536, 8960, 128, Zeros.NONE, False, (2, 2, 8, 80, 5, True), (2, 2, 8, 80, 5, True), (2, 2, 8, 128, 5)),
         (896, 4864, 128, Zeros.NONE, False, (2, 2, 4, 128, 5, True), (2, 2, 4, 128, 5, True), (2, 2, 4, 184, 5, True)),

@@ -15,10 +15,11 @@ from conftest import INTERPRETED, assert_close
 from int4_weights import every_kind_of_zeros, quantized
 from test_int4_config import H100, SMALL_CHIP
 
+from tiny_gemm import device as device_module
 from tiny_gemm import int4_config, triton_cluster, triton_gemm
 from tiny_gemm.device import device_facts
 from tiny_gemm.int4_config import DecodeConfig, PrefillConfig, SplitConfig, Zeros
-from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize
+from tiny_gemm.quantize_utils import LARGEST_ZERO, Int4Weight, dequantize, pack, quantize, unit_k
 from tiny_gemm.reference import ACTIVATIONS, int4_gated_linear_ref, int4_gemm_ref
 
 
@@ -127,7 +128,7 @@ def test_unpack_gives_every_value(plane, rows, zero, dtype, device):
     ids=str,
 )
 @pytest.mark.parametrize(
-    ("k", "group_size"), [(576, 32), (640, 128), (768, 128), (1152, 64), (320, -1), (2560, 128)], ids=str
+    ("k", "group_size"), [(576, 32), (1280, 32), (640, 128), (768, 128), (1152, 64), (320, -1), (2560, 128)], ids=str
 )
 @pytest.mark.parametrize("zeros", [Zeros.REAL, Zeros.INTEGER], ids=lambda z: z.value)
 def test_every_shape_of_a_block(k, group_size, config, zeros, poisoned):
@@ -188,7 +189,7 @@ def test_gated_matches_the_oracle_in_the_interpreter(m, n, k, group_size, zeros,
 )
 @pytest.mark.parametrize(("m", "dtype"), rows_and_dtypes([1, 8, 9, 16], of_float16=[1]), ids=str)
 def test_gated_matches_the_oracle_on_a_gpu(m, group_size, zeros, dtype, poisoned):
-    for n, k in [(17, 1152), (1536, 576 if group_size == 32 else 640), (2048, 2048)]:
+    for n, k in [(17, 1152), (1536, 576 if group_size == 32 else 640), (2048, 2048), (8960, 1536)]:
         assert_close(*run_gated(m, n, k, group_size, zeros, dtype, "cuda"))
 
 
@@ -294,6 +295,16 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
     "decode-long-narrow": (8, 2048, 10944, 32, "*fp16", None),
     "decode-long-narrow-m16": (16, 2048, 10944, 32, "*fp16", None),
     "decode-g32": (1, 1536, 576, 32, "*fp16", "*fp32"),
+    "decode-one-unit-m16": (16, 6144, 2560, 128, "*fp16", None),
+    "decode-five-blocks": (8, 9216, 3072, 128, "*fp16", None),
+    "decode-five-blocks-g32-m16": (16, 9216, 3072, 32, "*fp16", None),
+    "decode-long-g32-m16": (16, 2304, 9216, 32, "*fp16", None),
+    "decode-long-zeros": (8, 2304, 9216, 128, "*fp16", "*fp16"),
+    "decode-split-step-zeros": (8, 2048, 6144, 32, "*fp16", "*fp16"),
+    "gated-five-blocks": (8, 8960, 1536, 128, "*fp16", None),
+    "gated-five-blocks-g32": (8, 8960, 1536, 32, "*fp16", None),
+    "gated-six-blocks": (1, 12288, 4096, 128, "*fp16", None),
+    "gated-three-blocks-m16": (16, 12288, 4096, 128, "*fp16", None),
     "decode-integers": (1, 4096, 4096, 128, "*fp16", "*i16"),
     "decode-integers-ring": (8, 6144, 4096, 128, "*fp16", "*i16"),
     "decode-integers-g32-m16": (16, 6144, 4096, 32, "*fp16", "*i16"),
@@ -357,6 +368,9 @@ def compile_planned(launch, target, n, k, scales, zeros, dtype="bf16", others=Ma
         (2048, 8192, 32, 8, Zeros.NONE, None),
         (2048, 8192, 128, 8, Zeros.INTEGER, None),
         (1536, 8960, 128, 1, Zeros.NONE, None),
+        (6144, 2560, 128, 8, Zeros.NONE, None),
+        (3584, 3584, 32, 1, Zeros.REAL, None),
+        (3072, 3072, 64, 1, Zeros.REAL, None),
         (896, 4864, 128, 9, Zeros.NONE, None),
         (512, 2880, 32, 1, Zeros.NONE, None),
         (2880, 2880, 32, 16, Zeros.REAL, None),
@@ -376,7 +390,7 @@ def test_clusters_send_what_is_waited_for(n, k, group_size, m, zeros, block):
     of_zeros = {Zeros.NONE: None, Zeros.INTEGER: "*i16", Zeros.REAL: "*fp32"}[zeros]
     compiled = compile_planned(launch, "sm_90", n, k, "*fp16", of_zeros, others={"bias_ptr": "*bf16"})
     aot.check(compiled, vector_loads=k % 128 == 0, may_spill=True)
-    assert compiled.spills <= (48 if zeros is Zeros.REAL else 16)
+    assert compiled.spills <= (56 if zeros is Zeros.REAL else 16)
     meta, size = launch.launcher.meta, launch.launcher.cluster
     elements, threads = 16 * meta["ROW_TILES"] * 8 * meta["X_TILES"], 32 * meta["num_warps"]
     sends = len(re.findall(r"\bSTAS\b", compiled.assembly))
@@ -391,7 +405,16 @@ MOVES = {
     "decode-ring-g32-m16": 16,
     "decode-long-m16": 36,
     "decode-split-step-g32-m16": 40,
-    "decode-split-step-narrow-zeros-m16": 48,
+    "decode-split-step-narrow-zeros-m16": 56,
+    "decode-g64": 16,
+    "decode-zeros-ragged": 16,
+    "decode-integers-fp32": 80,
+    "gated-m16": 4,
+    "decode-one-unit-m16": 12,
+    "decode-five-blocks-g32-m16": 60,
+    "decode-long-g32-m16": 32,
+    "gated-integers-g64-m16": 60,
+    "split-g64": 20,
     "decode-long-narrow-m16": 16,
 }
 
@@ -405,7 +428,7 @@ def test_compiles_for_every_target(target, name):
     compiled = compile_gemm(target, name)
     narrow = SHAPES[name][2] % 128 and (target == "gfx942" or not name.startswith("prefill"))
     aot.check(compiled, vector_loads=not narrow, may_spill=True)
-    assert compiled.spills <= (16 if "integers" in name else MOVES.get(name, 0))
+    assert compiled.spills <= MOVES.get(name, 16 if "integers" in name else 0)
 
 
 @pytest.mark.aot
@@ -542,6 +565,13 @@ def test_what_a_mask_leaves_out_is_a_number():
 
 
 @pytest.mark.aot
+def test_integer_zeros_take_one_stage():
+    """Where a warp's two units come one after the other: Triton kept two of each, and fewer blocks fitted an SM."""
+    of_both, of_weights = (compile_gemm("sm_90", name).shared_memory for name in ("decode-integers-ring", "decode-m8"))
+    assert of_both <= 1.2 * of_weights
+
+
+@pytest.mark.aot
 @pytest.mark.parametrize("name", ["decode-g128", "decode-ring", "decode-m16", "decode-g64", "decode-ring-g32-zeros"])
 def test_sums_are_fused_in_one_form(name):
     """Of a * b + c * d a compiler may round either product first, and it chose by the row of x."""
@@ -623,6 +653,10 @@ def test_matches_the_oracle_on_a_gpu(m, zeros, group_size, dtype, poisoned):
         (2560, 9728, 128),
         (2048, 10944, 32),
         (2048, 8192, 32),
+        (1536, 8960, 32),
+        (2304, 9216, 32),
+        (2304, 9216, 128),
+        (9216, 3072, 32),
         (4096, 14336, 64),
         (16384, 2048, 128),
         (49152, 576, 32),
@@ -732,7 +766,9 @@ def test_error_is_no_worse_than_cublas():
     [(n, k, 128, int4_config.DECODE_WEIGHTS) for n, k in ((4096, 4096), (2048, 14336), (2048, 8192), (2048, 6144))]
     + [(n, k, 32, int4_config.DECODE_WEIGHTS) for n, k in ((960, 576), (2880, 2880), (2048, 10944), (2048, 8192))]
     + [(n, k, 64, int4_config.DECODE_WEIGHTS) for n, k in ((28672, 2048), (4096, 14336), (2880, 2880))]
-    + [(16384, 2048, 128, int4_config.DECODE_WEIGHTS)]
+    + [(9216, 3072, group_size, int4_config.DECODE_WEIGHTS) for group_size in (128, 64, 32)]
+    + [(1536, 8960, group_size, int4_config.DECODE_WEIGHTS) for group_size in (128, 64, 32)]
+    + [(16384, 2048, 128, int4_config.DECODE_WEIGHTS), (6144, 2560, 128, int4_config.DECODE_WEIGHTS)]
     + [(8192, 4096, 128, 0), (960, 576, 32, 0)],  # as a large vocabulary's
     ids=str,
 )
@@ -764,6 +800,10 @@ def test_a_row_has_the_same_bits_in_every_batch(n, k, group_size, decode_weights
         (4096, 1024, 32, Zeros.REAL),
         (4096, 1024, 32, Zeros.INTEGER),
         (2048, 2048, -1, Zeros.REAL),
+        (4096, 4096, -1, Zeros.REAL),
+        (4096, 4096, 32, Zeros.NONE),
+        (9216, 3072, 32, Zeros.NONE),
+        (9216, 3072, 64, Zeros.INTEGER),
     ],
     ids=str,
 )
@@ -777,6 +817,43 @@ def test_a_row_has_the_same_bits_at_every_place(n, k, group_size, zeros, decode_
     row = triton_gemm.int4_gemm(x[:1], *args)
     equal = [torch.equal(triton_gemm.int4_gemm(x[:m], *args), row.expand(m, -1)) for m in (8, 9, 16)]
     assert equal == [True, True, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(8960, 1536), (12288, 1024), (6144, 2048), (3072, 576)], ids=str)
+@pytest.mark.parametrize("group_size", [32, 128])
+@every_kind_of_zeros
+def test_a_row_of_a_gated_pair_has_the_same_bits_in_every_batch(n, k, group_size, zeros):
+    group_size = min(group_size, unit_k(k))
+    up, gate = (quantized(torch.randn(n, k, device="cuda") / k**0.5, group_size, zeros) for _ in range(2))
+    args = up.packed, up.scales, up.zeros, gate.packed, gate.scales, gate.zeros, group_size, n, "silu"
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
+    whole = triton_gemm.int4_gated_linear(x, *args)
+    equal = [torch.equal(triton_gemm.int4_gated_linear(x[:m], *args), whole[:m]) for m in (1, 2, 7, 8, 9, 15)]
+    assert equal == [True] * 6
+    assert all(torch.equal(triton_gemm.int4_gated_linear(x, *args), whole) for _ in range(20))
+
+
+@pytest.mark.gpu
+def test_a_capture_after_a_launch_that_counts_nothing(monkeypatch):
+    """An op that has run may be captured, also at a shape whose splits count arrivals where those before did not."""
+    monkeypatch.setattr(device_module, "_CAPTURED", {})
+    monkeypatch.setattr(device_module, "_COUNTERS", {})
+    monkeypatch.setattr(triton_gemm, "_fixed_launch", triton_gemm._fixed_launch.__wrapped__)  # it remembers
+    small, long = (quantize(torch.randn(n, k, device="cuda"), 128) for n, k in ((1024, 1024), (2304, 9216)))
+    facts = device_facts(torch.device("cuda", 0))
+    arrivals = [triton_gemm.plan(1, *w.shape, 128, Zeros.NONE, facts).arrivals for w in (small, long)]
+    assert arrivals[0] == 0 < arrivals[1]
+    x = torch.randn(1, 9216, device="cuda", dtype=torch.bfloat16)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        triton_gemm.int4_gemm(x[:, :1024], small.packed, small.scales, None, None, 128, 1024)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            y = triton_gemm.int4_gemm(x, long.packed, long.scales, None, None, 128, 2304)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert_close(y, int4_gemm_ref(x, long))
 
 
 def check_graph_of(chain, x):
@@ -815,6 +892,7 @@ CLUSTERS = [  # n, k, group_size, zeros, m; at 9 rows and more some take too man
     for shape in [
         *[(4096, 4096, 128), (4096, 4096, 32), (2048, 8192, 128), (2048, 6144, 64), (3072, 3072, 128)],
         *[(1536, 8960, 128), (2880, 2880, 32), (512, 2880, 32), (1000, 4864, 128), (33, 4064, 32), (5120, 5120, 128)],
+        *[(6144, 2560, 128), (3584, 3584, 32), (3072, 3072, 32), (4096, 4096, 64)],
     ]
     for zeros in Zeros
     for m in (1, 3, 8, 9, 16)

@@ -206,46 +206,60 @@ def pick_decode_config(
     if not facts.is_nvidia:
         warps = min(4, triton.next_power_of_2(triton.cdiv(units, 2)))
         return DecodeConfig(1, 2, warps, 2, registers_needed(1, 2, 1 if m <= 8 else 2, groups, zeros, gated))
-    if facts.has_clusters and not gated:
-        config = _cluster_config(m, tiles, unit, units, groups, zeros, facts.sm_count)
-        if config is not None:
-            return config
-    blocks = _decode_blocks(m, unit, units, tiles / facts.sm_count, groups, zeros, gated)
-    warp_units, warps, splits, row_tiles = blocks
+    tiles_per_sm = tiles / facts.sm_count
+    if gated:
+        return _fit_ring(_pair_config(m, unit, tiles_per_sm, groups, zeros), k, group_size, zeros, gated, facts)
+    config = _cluster_config(m, tiles, unit, units, groups, zeros, facts.sm_count) if facts.has_clusters else None
+    if config is not None:
+        return config
+    warp_units, warps, splits, row_tiles = _decode_blocks(m, unit, units, tiles_per_sm, groups, zeros)
     config = DecodeConfig(row_tiles, warp_units, warps, 2, 0, splits)
-    one_step = config.is_one_step(units)
-    tile_bytes = stage_bytes(unit, group_size, zeros, gated) * warps * warp_units
-    if zeros is Zeros.INTEGER and not one_step:  # Triton keeps two stages of these
-        tile_bytes *= 2
-    while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
-        row_tiles //= 2
-    config = dataclasses.replace(config, row_tiles=row_tiles)
-    limit = _register_limit(config, m, tiles, one_step, groups, zeros, gated, facts.sm_count)
+    config = _fit_ring(config, k, group_size, zeros, gated, facts)
+    limit = _register_limit(config, m, tiles, config.is_one_step(units), groups, zeros, facts.sm_count)
     return dataclasses.replace(config, max_registers=limit)
 
 
+def _fit_ring(
+    config: DecodeConfig, k: int, group_size: int, zeros: Zeros, gated: bool, facts: DeviceFacts
+) -> DecodeConfig:
+    """With fewer row tiles, where a stage of so many would be more than the shared memory of a block."""
+    unit, row_tiles = unit_k(k), config.row_tiles
+    tile_bytes = stage_bytes(unit, group_size, zeros, gated) * config.warps * config.warp_units
+    in_turn = config.warp_units == 2 and groups_a_unit(group_size, k) == 1
+    if zeros is Zeros.INTEGER and not in_turn and not config.is_one_step(triton.cdiv(k, unit)):
+        tile_bytes *= 2  # Triton keeps two stages of these
+    while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
+        row_tiles //= 2
+    return dataclasses.replace(config, row_tiles=row_tiles)
+
+
 def _register_limit(
-    config: DecodeConfig, m: int, tiles: int, one_step: bool, groups: int, zeros: Zeros, gated: bool, sms: int
+    config: DecodeConfig, m: int, tiles: int, one_step: bool, groups: int, zeros: Zeros, sms: int
 ) -> int:
     """How many registers a thread may have: what it needs, or a little less where all blocks then fit the chip at once
     (a few moves to memory cost less than a second wave)."""
     x_tiles = 1 if m <= 8 else 2
-    needed = registers_needed(config.row_tiles, config.warp_units, x_tiles, groups, zeros, gated)
+    needed = registers_needed(config.row_tiles, config.warp_units, x_tiles, groups, zeros, False)
     limit = 128 if needed == 136 else needed
     blocks_per_sm = triton.cdiv(triton.cdiv(tiles, config.row_tiles) * config.splits, sms)
     fits = registers_for(blocks_per_sm * config.warps)
-    little = 24
     if config.splits > 1:  # 64: 16 rows of 9728 x 2560, 128 for 184, the fastest of those timed
         little = 64 if zeros is Zeros.NONE and (groups == 1 or config.splits > 4) else 48
-    # Gated pairs mostly come in many waves, of which this would spare none.
-    if limit - little <= fits < limit and (zeros is Zeros.INTEGER or not gated):
+    elif x_tiles == 2 and config.warp_units == 2 and not one_step:  # registers_needed thinks of units side by side
+        if groups == 1:
+            little = 40 if zeros is Zeros.REAL else 72
+        else:
+            little = 80 if zeros is Zeros.INTEGER else 40
+    else:
+        little = 24
+    if limit - little <= fits < limit:
         limit = fits
     if config.splits > 1 and one_step:
         limit = min(limit, max(fits, 128))
     elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
     limit = min(limit, registers_for(config.warps))
-    if one_step and m <= 8 and groups == 1 and not gated:  # what counts is how soon the next kernel's blocks find room
+    if one_step and m <= 8 and groups == 1:  # what counts is how soon the next kernel's blocks find room
         if config.warps == 16:
             limit = min(limit, 64)
         elif config.warps == 8 and zeros is Zeros.NONE:
@@ -262,61 +276,121 @@ def _cluster_config(
     Whether there is one, and how K is cut, does not depend on m. Swept on an H200, 2026-11-30: see
     docs/notes/int4-gemm.md.
     """
-    if units * unit <= 2048 or (zeros is Zeros.REAL and unit != 64):
+    if units * unit <= 2048:
         return None
-    splits, warps = triton.cdiv(units, 8), 4
-    if splits > 8 and groups == 1 and unit == 128:
+    small_groups, real_zeros = groups > 1 and unit == 128, zeros is Zeros.REAL
+    splits, warp_units, warps = triton.cdiv(units, 8), 2, 4
+    of_one_unit = triton.cdiv(units, 4)  # how many splits, where a warp has one
+    few_idle = units % 4 == 0 or real_zeros  # K of 2560 and 3584: with two units more warps would have no work
+    if unit == 128 and of_one_unit <= 8 and few_idle and 8 * splits >= 1.1 * 4 * of_one_unit:
+        if tiles * of_one_unit > 8 * sms:
+            splits, warp_units = of_one_unit, 1
+    if splits > 8 and groups == 1 and unit == 128 and not real_zeros:
         splits, warps = triton.cdiv(units, 16), 8
     if splits > 8:
         return None
     work = tiles * splits / sms
-    small_groups = groups > 1 and unit == 128
     row_tiles = 2 if 2 < work <= 6 or warps == 8 else 1 if work <= 2 else 4  # one to three blocks an SM
-    few_tiles = 2 if small_groups and row_tiles == 4 else row_tiles  # with more scales to load, five of half the size
+    few_tiles = row_tiles
+    if small_groups and row_tiles == 4 and warp_units == 2:  # with more scales to load, five of half the size
+        few_tiles = 2
 
     def registers(row_tiles: int, x_tiles: int, filled: float, little: int) -> int | None:
         """With how many the blocks fill so much of the chip; None where that is more than a little less than needed."""
-        needed = registers_needed(row_tiles, 2, x_tiles, groups, zeros, False)
+        needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, False)
         blocks_per_sm = triton.cdiv(tiles, row_tiles) * splits / sms
         fits = registers_for(math.ceil(blocks_per_sm / filled) * warps)
         return min(needed, fits) if needed - little <= fits else None
 
-    # registers_needed thinks of units of 128, and of integer zeros too little.
-    little = 64 if unit == 64 else 56 if zeros is Zeros.NONE else 24
+    # registers_needed thinks of units of 128 side by side, and of integer zeros too little.
+    if unit == 64:
+        little = 64
+    elif warp_units == 1:
+        little = 56 if real_zeros else 24 if groups == 1 or zeros is Zeros.INTEGER else 48
+    else:
+        little = 56 if zeros is Zeros.NONE else 24
     limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
     if limit is None:
         return None
-    if units <= 32 and unit == 128 and few_tiles == 4 and limit < 168:  # 4096 x 6144: all of K in a block is faster
-        return None
+    if units <= 32 and unit == 128 and warp_units == 2 and few_tiles == 4 and limit < 168:
+        return None  # 4096 x 6144: all of K in a block is faster
     if m <= 8:
-        return DecodeConfig(few_tiles, 2, warps, 2, limit, splits, cluster=True)
-    little = 96 if unit == 64 else 88 if zeros is Zeros.NONE and groups == 1 else 56
+        return DecodeConfig(few_tiles, warp_units, warps, 2, limit, splits, cluster=True)
+    little = 96 if unit == 64 else 88 if warp_units == 2 and groups == 1 else 56
     limit = registers(row_tiles, 2, CLUSTERS_FILL, little)
     if limit is not None:
-        return DecodeConfig(row_tiles, 2, warps, 2, limit, splits, cluster=True)
+        return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits, cluster=True)
     # So many registers leave no room for clusters: the same splits, through memory, if need be in two waves.
-    limit = registers(row_tiles, 2, 1.0, little)
-    if limit is None:
-        limit = min(registers_needed(row_tiles, 2, 2, groups, zeros, False), registers_for(2 * warps))
-    return DecodeConfig(row_tiles, 2, warps, 2, limit, splits)
+    if warp_units == 1 or (real_zeros and small_groups):  # whatever is moved to memory
+        limit, least = registers(row_tiles, 2, 1.0, 255), 168 if real_zeros and small_groups else 128
+    else:
+        limit, least = registers(row_tiles, 2, 1.0, little), 0
+    if limit is None or limit < least:
+        limit = min(registers_needed(row_tiles, warp_units, 2, groups, zeros, False), registers_for(2 * warps))
+    return DecodeConfig(row_tiles, warp_units, warps, 2, limit, splits)
+
+
+def _fill(blocks_per_sm: float, room: int) -> float:
+    """How much of the time the average SM has work, if it holds `room` blocks at once."""
+    if blocks_per_sm <= room:
+        return blocks_per_sm / math.ceil(blocks_per_sm)
+    return blocks_per_sm / (math.ceil(blocks_per_sm / room) * room)
+
+
+def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zeros) -> DecodeConfig:
+    """For a gated pair: all of K in a block, of four warps but for narrow units. Swept on an H200, 2026-11-30.
+
+    Two units a warp are fewer steps, one takes fewer registers: that of which the blocks fill the chip better.
+    """
+    few, real_zeros = m <= 8, zeros is Zeros.REAL
+    x_tiles = 1 if few else 2
+    if unit == 64:
+        needed = registers_needed(1, 2, x_tiles, groups, zeros, True)
+        return DecodeConfig(1, 2, 8, 2, min(needed, 128) if needed <= 144 else needed)
+    small_groups = groups > 2
+
+    def registers(row_tiles: int, warp_units: int, x_tiles: int, room: int) -> tuple[int, int]:
+        """(how many a thread may have for `room` blocks an SM, how many less than it needs that is)"""
+        needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, True)
+        limit = min(needed, registers_for(4 * room))
+        return limit, needed - limit
+
+    of_two = 3 if small_groups or real_zeros else 4  # blocks with two units a warp that an SM holds
+    cuts = {(2, of_two): 1.1 * _fill(tiles_per_sm, of_two)}  # (units a warp, blocks an SM) -> how good
+    if of_two == 3 and (tiles_per_sm > 3 or zeros is Zeros.INTEGER):  # so few warps must not have several waves
+        cuts = {(1, 4): _fill(tiles_per_sm, 4)}
+    cuts[1, 5] = _fill(tiles_per_sm, 5) * (0.8 if real_zeros else 1)
+    if zeros is Zeros.NONE:
+        cuts[1, 6] = _fill(tiles_per_sm, 6)
+    warp_units, room = max(cuts, key=cuts.__getitem__)
+    row_tiles = 1
+    if not few:
+        if warp_units == 2:
+            blocks = {(1, 3): _fill(tiles_per_sm, 3)}  # (row tiles, blocks an SM) -> how good
+            if groups == 1 and not real_zeros or groups == 2 and zeros is Zeros.NONE:
+                blocks[2, 2] = _fill(tiles_per_sm / 2, 2)
+        elif real_zeros:
+            blocks = {(1, 3): _fill(tiles_per_sm, 3), (1, 4): 0.7 * _fill(tiles_per_sm, 4)}
+        else:
+            blocks = {(1, 4): _fill(tiles_per_sm, 4), (1, 5): _fill(tiles_per_sm, 5) * (0.8 if small_groups else 1)}
+            if not small_groups:
+                blocks[2, 3] = _fill(tiles_per_sm / 2, 3)
+        few_moves = {b: good for b, good in blocks.items() if registers(b[0], warp_units, 2, b[1])[1] <= 48}
+        row_tiles, room = max(few_moves or blocks, key=blocks.__getitem__)
+    return DecodeConfig(row_tiles, warp_units, 4, 2, registers(row_tiles, warp_units, x_tiles, room)[0])
 
 
 def _decode_blocks(
-    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, zeros: Zeros, gated: bool
+    m: int, unit: int, units: int, tiles_per_sm: float, groups: int, zeros: Zeros
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
     Swept on an H200, 2026-11-28 to 30: see docs/notes/int4-gemm.md. What decides is that all blocks fit the chip at
     once, scales and zeros taking registers, and that they are many.
     """
-    few, real_zeros = m <= 8, zeros is Zeros.REAL
+    few, real_zeros, small_groups = m <= 8, zeros is Zeros.REAL, groups > 2
     if unit == 64:
-        return _blocks_of_narrow_units(few, units, tiles_per_sm, groups, zeros, gated)
-    most_tiles = 2 if zeros is Zeros.INTEGER else 4  # with more, registers are moved to memory
-    if gated:
-        one_wave = 2 * math.ceil(tiles_per_sm / 4) <= math.ceil(tiles_per_sm / 2)  # no more of them, of two an SM
-        pairs = not few and one_wave and groups == 1 and zeros is Zeros.NONE
-        return 2 if groups <= 2 else 1, 4, 1, 2 if pairs else 1
+        return _blocks_of_narrow_units(few, units, tiles_per_sm, groups, zeros)
     if units <= 16 and tiles_per_sm <= 3:  # one step
         wide = tiles_per_sm > (0.75 if groups == 1 and zeros is Zeros.NONE else 1)
         return 2, 8, 1, 2 if wide or not few else 1
@@ -325,39 +399,62 @@ def _decode_blocks(
         return 1, 4, 1, 1 if m == 1 and groups <= 2 and zeros is Zeros.NONE else 2
     if 24 < units <= 32 and tiles_per_sm <= 2 and not real_zeros and groups == 1:  # one step
         return 2, 16, 1, 1 if few else 2
-    if 32 < units <= 64 and tiles_per_sm <= 1 and not real_zeros:  # one step of each split
-        return 2, 8, triton.cdiv(units, 16), 2 if few or groups == 1 or tiles_per_sm <= 0.5 else most_tiles
-    if groups > 2 and real_zeros and tiles_per_sm <= 2 and (units < 64 or tiles_per_sm > 1):
-        return 1, 4, 4, 4 if not few and tiles_per_sm > 1.5 else 2
+    if units > 16 and small_groups and real_zeros and tiles_per_sm * triton.cdiv(units, 8) <= 6 and units <= 64:
+        return 2, 4, triton.cdiv(units, 8), 2  # one step of each split, three blocks an SM
+    if 32 < units <= 128 and tiles_per_sm * triton.cdiv(units, 16) <= 4:
+        return 2, 8, triton.cdiv(units, 16), 2  # one step of each split, two blocks an SM
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
-        if real_zeros:
-            return 2, 4, 4 if tiles_per_sm <= 1 else 2, 1 if few else 2
-        if groups > 2 or (groups > 1 and units > 96):
-            return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
-        if tiles_per_sm > 1:  # as few steps a split as fit the chip at once, four blocks of two tiles an SM
-            splits = _even_splits(triton.cdiv(units, 8), int(8 / tiles_per_sm))
-            fills = tiles_per_sm * splits > 6.4  # two blocks of four tiles each SM too
-            return 2, 4, splits, 2 if few or groups > 1 or not fills else most_tiles
-        return 2, 4, 4, 1 if m == 1 else 2
+        return _blocks_of_long_rows(m, units, tiles_per_sm, groups, zeros)
+    if small_groups and real_zeros and tiles_per_sm <= 2:
+        return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 4 if not few and tiles_per_sm > 1.5 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
-        return 2, 8, 1, (1 if zeros is Zeros.NONE else 2) if few else most_tiles
+        return 2, 8, 1, 2 if tiles_per_sm > 2.5 or not few else 1
     if tiles_per_sm <= 3 and not real_zeros:
         return 1, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3:
         return 2, 4, 1, 1 if few else 2
-    if groups > 2:
-        return 1, 4, 1, 2 if few or (tiles_per_sm <= 4 and not real_zeros) else most_tiles
-    return 2, 4, 1, 2 if few or groups > 1 or real_zeros else most_tiles
+    warp_units = 1 if small_groups and (zeros is not Zeros.NONE or tiles_per_sm > 5) else 2
+    if few:  # five blocks of one tile fit an SM
+        one = tiles_per_sm <= 5 and _fill(tiles_per_sm, 5) > 1.05 * _fill(tiles_per_sm / 2, 4)
+        return warp_units, 4, 1, 1 if one else 2
+    many = tiles_per_sm > 4 and (groups == 1 or small_groups) and not (real_zeros and groups == 1)
+    tall = 4 if many or (groups == 1 and zeros is Zeros.NONE) else 2
+    if _fill(tiles_per_sm / 2, 3) > 1.1 * _fill(tiles_per_sm / tall, 2):
+        tall = 2
+    return warp_units, 4, 1, tall
+
+
+def _blocks_of_long_rows(
+    m: int, units: int, tiles_per_sm: float, groups: int, zeros: Zeros
+) -> tuple[int, int, int, int]:
+    """_decode_blocks where K is 8,192 or more and N at most two row tiles an SM."""
+    few, small_groups = m <= 8, groups > 2
+    steps = triton.cdiv(units, 8)
+    if zeros is Zeros.REAL:
+        if small_groups and tiles_per_sm > 1.5:
+            return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 2 if few else 4
+        if small_groups:  # four blocks of a tile an SM
+            return 2, 4, _even_splits(steps, min(int(4 / tiles_per_sm), 8)), 1 if few else 2
+        return 2, 4, _even_splits(steps, min(int(6 / tiles_per_sm), 8)), 2  # three of two
+    if small_groups and zeros is Zeros.NONE and 1 < tiles_per_sm <= 1.5:
+        splits = _even_splits(steps, int(6 / tiles_per_sm))  # three blocks of two tiles an SM
+        if units >= 0.85 * 8 * splits * triton.cdiv(steps, splits):
+            return 2, 4, splits, 2
+    if small_groups or (groups > 1 and units > 96):
+        return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
+    if tiles_per_sm > 1:  # as few steps a split as fit the chip at once, four blocks of two tiles an SM
+        splits = _even_splits(steps, int(8 / tiles_per_sm))
+        fills = tiles_per_sm * splits > 6.4  # two blocks of four tiles each SM too
+        return 2, 4, splits, 2 if few or groups > 1 or not fills else 4
+    return 2, 4, _even_splits(steps, 4), 1 if m == 1 else 2
 
 
 def _blocks_of_narrow_units(
-    few: bool, units: int, tiles_per_sm: float, groups: int, zeros: Zeros, gated: bool
+    few: bool, units: int, tiles_per_sm: float, groups: int, zeros: Zeros
 ) -> tuple[int, int, int, int]:
     """_decode_blocks of units of 64 columns."""
-    if gated:
-        return 2, 8, 1, 1
     if units >= 32 and tiles_per_sm <= 2:
         steps = triton.cdiv(units, 8)
         if steps <= 8:  # one step of each split
@@ -401,7 +498,7 @@ def registers_for(warps: int) -> int:
 
 def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int, zeros: Zeros, gated: bool) -> int:
     """About how many registers a thread of the decode kernel needs: x, a step's weights, pairs of scales and sums."""
-    if x_tiles == 2 and (zeros is Zeros.REAL or (row_tiles == 4 and groups > 1)):
+    if x_tiles == 2 and row_tiles == 4 and groups > 1:
         return 255
     weights = (1 + gated) * row_tiles * 8 * warp_units
     pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if zeros is Zeros.NONE else 2)

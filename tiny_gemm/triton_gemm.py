@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, tensor_bytes
+from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, set_up_counters, tensor_bytes
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
@@ -266,9 +266,10 @@ def _of_group(
     ROW_TILES: tl.constexpr,
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
+    OF_UNIT: tl.constexpr,
 ):
     """The scale (or zero) of group `group` of GROUPS in every unit, as _split_pairs gives it: [2 * ROW_TILES *
-    WARP_UNITS * WARPS * 32], in the order of _weight_tile."""
+    WARP_UNITS * WARPS * 32], in the order of _weight_tile. OF_UNIT: as in _multiply_units."""
     if GROUPS == 4:
         pairs = pairs.reshape(2 * ROW_TILES, WARP_UNITS, 2, WARPS, 32).permute(0, 1, 3, 4, 2)
         first, second = tl.split(pairs)
@@ -277,7 +278,9 @@ def _of_group(
     if PAIRS == 0:  # one group a warp: the first or the second of a pair
         is_first = tl.arange(0, 2 * ROW_TILES * WARPS * 32) // 32 % 2 == 0
         return tl.where(is_first, low, high)
-    elif GROUPS == 1 and DTYPE == tl.int16:  # a pair is that of two units (and no join may lead to a tl.dot)
+    elif OF_UNIT is not None:  # a pair is that of the two units
+        return low if OF_UNIT == 0 else high
+    elif GROUPS == 1 and DTYPE == tl.int16:  # no join may lead to a tl.dot
         low = low.reshape(2 * ROW_TILES, PAIRS, 1, WARPS, 32)
         return tl.where(tl.arange(0, 2)[None, None, :, None, None] == 0, low, high.reshape(low.shape))
     elif GROUPS == 1:
@@ -303,32 +306,87 @@ def _weights_operand(
 
 
 @triton.jit
-def _load_plane(
-    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
+def _split_units(values, ROW_TILES: tl.constexpr):
+    """What is [T, C] in the order of _weight_tile or _pairs_tile, of two units a warp, as two tensors [T / 2, C] of one
+    unit a warp."""
+    T: tl.constexpr = values.shape[0]
+    C: tl.constexpr = values.shape[1]
+    units = values.reshape(2 * ROW_TILES, 2, T // (4 * ROW_TILES), C).permute(0, 2, 3, 1)
+    first, second = tl.split(units)
+    return first.reshape(T // 2, C), second.reshape(T // 2, C)
+
+
+@triton.jit
+def _load_units(
+    x_ptr,
     block_m,
     step,
-    PLANE: tl.constexpr,
     M,
     K,
     stride_xm,
+    UNITS_AT_ONCE: tl.constexpr,
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     WHOLE_STEPS: tl.constexpr,
     UNIT: tl.constexpr,
 ):
-    """What meets nibble PLANE of the weights of a step: [WARP_UNITS * WARPS, UNIT / 4, 8 * X_TILES], columns renamed as
+    """What meets the weights of a step: a tuple of _load_planes of all units of a warp at once, or of each."""
+    warp = step * WARPS + tl.arange(0, WARPS)[None, :, None, None, None]
+    unit = warp * WARP_UNITS + tl.arange(0, UNITS_AT_ONCE)[None, None, None, :, None]
+    first = _load_planes(x_ptr, block_m, unit, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT)
+    if UNITS_AT_ONCE == WARP_UNITS:
+        return (first,)
+    else:
+        return first, _load_planes(x_ptr, block_m, unit + 1, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT)
+
+
+@triton.jit
+def _load_planes(
+    x_ptr,
+    block_m,
+    unit,  # [1, WARPS, 1, UNITS, 1]
+    M,
+    K,
+    stride_xm,
+    X_TILES: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """_load_plane of all four planes."""
+    return (
+        _load_plane(x_ptr, block_m, unit, 0, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT),
+        _load_plane(x_ptr, block_m, unit, 1, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT),
+        _load_plane(x_ptr, block_m, unit, 2, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT),
+        _load_plane(x_ptr, block_m, unit, 3, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT),
+    )
+
+
+@triton.jit
+def _load_plane(
+    x_ptr,  # [M, K] bf16 or fp16, rows stride_xm apart
+    block_m,
+    unit,  # [1, WARPS, 1, UNITS, 1]
+    PLANE: tl.constexpr,
+    M,
+    K,
+    stride_xm,
+    X_TILES: tl.constexpr,
+    WHOLE_STEPS: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    """What meets nibble PLANE of the weights of these units: [UNITS * WARPS, UNIT / 4, 8 * X_TILES], columns renamed as
     those of W, and zero from K on."""
+    WARPS: tl.constexpr = unit.shape[1]
+    UNITS: tl.constexpr = unit.shape[3]
     E: tl.constexpr = UNIT // 16
     lane = tl.arange(0, 32)[:, None, None, None, None]
-    warp = tl.arange(0, WARPS)[None, :, None, None, None]
     row = block_m * (8 * X_TILES) + lane // 4 + 8 * tl.arange(0, X_TILES)[None, None, :, None, None]
-    unit = (step * WARPS + warp) * WARP_UNITS + tl.arange(0, WARP_UNITS)[None, None, None, :, None]
     k = unit * UNIT + PLANE * (UNIT // 4) + lane % 4 * E + tl.arange(0, E)
     is_there = row < M if WHOLE_STEPS else (row < M) & (k < K)
     x = tl.load(x_ptr + row.to(tl.int64) * stride_xm + k, mask=is_there, other=0.0)
-    x = x.reshape(8, 4, WARPS, X_TILES, WARP_UNITS, E // 2, 2)  # r, t, warp, tile, unit, b, p
-    return x.permute(4, 2, 5, 1, 6, 3, 0).reshape(WARP_UNITS * WARPS, UNIT // 4, 8 * X_TILES)
+    x = x.reshape(8, 4, WARPS, X_TILES, UNITS, E // 2, 2)  # r, t, warp, tile, unit, b, p
+    return x.permute(4, 2, 5, 1, 6, 3, 0).reshape(UNITS * WARPS, UNIT // 4, 8 * X_TILES)
 
 
 @triton.jit
@@ -344,8 +402,8 @@ def _halves(x):
 
 
 @triton.jit
-def _multiply_step(
-    planes,  # x as _load_plane gives it, four of them
+def _multiply_units(
+    planes,  # as _load_planes gives them
     packed,  # as _weight_tile and _pairs_tile read them
     scales,
     zeros,
@@ -361,9 +419,10 @@ def _multiply_step(
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
+    OF_UNIT: tl.constexpr,  # None, or which of a warp's two units the only one here is: scales and zeros are of both
 ):
-    """Adds x times a step's weights, over UNPACKED, to `total`, fp32 [WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], and for
-    zeros per channel the sums of x to `x_total`, the same in every row of its only tile."""
+    """Adds x times the weights of these units, over UNPACKED, to `total`, fp32 [WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2],
+    and for zeros per channel the sums of x to `x_total`, the same in every row of its only tile."""
     COLS: tl.constexpr = UNIT // 4
     ROWS: tl.constexpr = 16 * ROW_TILES
     BATCH: tl.constexpr = WARP_UNITS * WARPS
@@ -382,7 +441,7 @@ def _multiply_step(
         subtracted = None
         if INTEGER_ZEROS:
             zero = _of_group(
-                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16, ROW_TILES, WARP_UNITS, WARPS
+                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16, ROW_TILES, WARP_UNITS, WARPS, OF_UNIT
             ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)
             zero = zero.broadcast_to(2 * ROW_TILES * WARP_UNITS * WARPS * 32, UNIT // 16)
             subtracted = _weights_operand(zero, ROW_TILES, WARP_UNITS, WARPS, UNIT)
@@ -392,24 +451,29 @@ def _multiply_step(
         if (plane + 1) * COLS % GROUP == 0:  # a group ends here
             sums = partial.reshape(WARP_UNITS, WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2)
             x_sums = x_sum.reshape(WARP_UNITS, WARPS, 1, 2, 8, X_TILES, 4, 2)
-            if GROUP_SIZE == -1:
-                total += tl.sum(sums, 0)
-                x_total += tl.sum(x_sums, 0)
+            # In one form and order, whether a warp's units come together or one after the other: a compiler that sees a
+            # sum of products may fuse either of them with the sum, and does so differently for each row of x.
+            if GROUP_SIZE == -1 and WARP_UNITS == 1:
+                total += sums.reshape(total.shape)
+                x_total += x_sums.reshape(x_total.shape)
+            elif GROUP_SIZE == -1:
+                first, second = _halves(sums)
+                total = total + first + second
+                first, second = _halves(x_sums)
+                x_total = x_total + first + second
             else:
                 if OTHER_ZEROS:
                     zero = _of_group(
                         zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
-                        ROW_TILES, WARP_UNITS, WARPS,
+                        ROW_TILES, WARP_UNITS, WARPS, OF_UNIT,
                     )  # fmt: skip
                     zero = _group_factor(zero, ROW_TILES, WARP_UNITS, WARPS)
                     sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums)
                 scale = _of_group(
                     scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
-                    ROW_TILES, WARP_UNITS, WARPS,
+                    ROW_TILES, WARP_UNITS, WARPS, OF_UNIT,
                 )  # fmt: skip
                 scale = _group_factor(scale, ROW_TILES, WARP_UNITS, WARPS)
-                # In one form and order: a compiler that sees a sum of products may fuse either of them with the sum,
-                # and does so differently for each row of x.
                 if WARP_UNITS == 1:
                     total = _fma(sums.reshape(total.shape), scale.reshape(scale.shape[1:]), total)
                 else:
@@ -418,6 +482,53 @@ def _multiply_step(
                     total = _fma(second, second_scale, _fma(first, first_scale, total))
             partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
             x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
+    return total, x_total
+
+
+@triton.jit
+def _multiply_step(
+    x_units,  # as _load_units gives it
+    packed,
+    scales,
+    zeros,
+    s_ptr,
+    z_ptr,
+    total,
+    x_total,
+    ROW_TILES: tl.constexpr,
+    WARP_UNITS: tl.constexpr,
+    WARPS: tl.constexpr,
+    X_TILES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    UNIT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """_multiply_units of all units of a step, or of a warp's two, one after the other."""
+    if len(x_units) == 1:
+        total, x_total = _multiply_units(
+            x_units[0], packed, scales, zeros, s_ptr, z_ptr, total, x_total,
+            ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, None,
+        )  # fmt: skip
+    else:
+        # Each unit has its own pairs of groups, or the two share one, or (per channel) there are none: PAIRS < 0.
+        OWN_PAIRS: tl.constexpr = PAIRS > 1
+        EACH: tl.constexpr = PAIRS // 2 if OWN_PAIRS else PAIRS
+        first, second = _split_units(packed, ROW_TILES)
+        first_scales, second_scales = scales, scales
+        first_zeros, second_zeros = zeros, zeros
+        if OWN_PAIRS:
+            first_scales, second_scales = _split_units(scales[:, None], ROW_TILES)
+            if z_ptr is not None:
+                first_zeros, second_zeros = _split_units(zeros[:, None], ROW_TILES)
+        total, x_total = _multiply_units(
+            x_units[0], first, first_scales, first_zeros, s_ptr, z_ptr, total, x_total,
+            ROW_TILES, 1, WARPS, X_TILES, EACH, UNIT, GROUP_SIZE, USE_ASM, None if OWN_PAIRS else 0,
+        )  # fmt: skip
+        total, x_total = _multiply_units(
+            x_units[1], second, second_scales, second_zeros, s_ptr, z_ptr, total, x_total,
+            ROW_TILES, 1, WARPS, X_TILES, EACH, UNIT, GROUP_SIZE, USE_ASM, None if OWN_PAIRS else 1,
+        )  # fmt: skip
     return total, x_total
 
 
@@ -597,6 +708,11 @@ def _int4_decode_kernel(
     BLOCK_M: tl.constexpr = 8 * X_TILES
     PAIRS: tl.constexpr = WARP_UNITS * UNIT // GROUP_SIZE // 2  # a warp and step; 0: half a one; unused per channel
     STEP_PAIRS: tl.constexpr = WARPS * WARP_UNITS * UNIT // GROUP_SIZE // 2
+    # The units of a warp: one after the other they hold fewer registers, side by side more products are under way. In
+    # small groups this decides the order of sums, so it must not depend on X_TILES.
+    ONE_GROUP: tl.constexpr = GROUP_SIZE == -1 or GROUP_SIZE == UNIT
+    IN_TURN: tl.constexpr = ROW_TILES * X_TILES == 8 if ONE_GROUP else SPLITS > 1
+    UNITS_AT_ONCE: tl.constexpr = 1 if IN_TURN or not ONE_STEP else WARP_UNITS
     NOTHING: tl.constexpr = None if WHOLE_STEPS else 0  # what stands past K where it ends within a step
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
@@ -647,19 +763,16 @@ def _int4_decode_kernel(
                 if CLUSTER:
                     join_cluster()
                 wait_for_previous(PDL)
-            planes = (
-                _load_plane(x_ptr, block_m, step, 0, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
-                _load_plane(x_ptr, block_m, step, 1, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
-                _load_plane(x_ptr, block_m, step, 2, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
-                _load_plane(x_ptr, block_m, step, 3, M, K, stride_xm, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT),
+            x_units = _load_units(
+                x_ptr, block_m, step, M, K, stride_xm, UNITS_AT_ONCE, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT
             )
             total, x_total = _multiply_step(
-                planes, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
+                x_units, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
                 ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
             )  # fmt: skip
             if gate_ptr is not None:
                 gate_total, gate_x_total = _multiply_step(
-                    planes, gate_packed, gate_scales, gate_zeros, gate_s_ptr, gate_z_ptr, gate_total, gate_x_total,
+                    x_units, gate_packed, gate_scales, gate_zeros, gate_s_ptr, gate_z_ptr, gate_total, gate_x_total,
                     ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
                 )  # fmt: skip
 
@@ -1157,6 +1270,7 @@ def _fixed_launch(
     kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
     zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
     launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, device_facts(device), config, activation)
+    set_up_counters(device, "int4_gemm")  # a launch of another shape that is captured later may count
     return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
 
 
@@ -1245,6 +1359,7 @@ def int4_gemm(
     if m > DECODE_ROWS and config is None:
         kind = kind_of_zeros(zero_dtype, group_size)
         if dequantizes(m, out_features, k, group_size, kind, device_facts(device)):
+            set_up_counters(device, "int4_gemm")
             return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
         x = _aligned(x)
     y = x.new_empty(m, out_features)

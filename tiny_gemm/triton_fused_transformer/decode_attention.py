@@ -360,9 +360,11 @@ def pick_config(
             splits = min(splits, triton.cdiv(max_length, 256))
         elif 128 < max_length <= min(512, 32 * splits):
             tiles = 1
+    elif 4096 < max_length <= 16384 and kv_heads >= 8:
+        num_warps = 8
     elif max_length > 4096:
         splits *= 2
-        tiles = 1 if max_length <= 16384 and kv_heads >= 8 else 4
+        tiles = 4
     elif max_length > 1024 and max_length >= min(128 * splits, 4096):
         tiles = 4
     elif 512 < max_length <= min(1024, 64 * splits):
