@@ -280,11 +280,10 @@ def _cluster_config(
         return None
     small_groups, real_zeros = groups > 1 and unit == 128, zeros is Zeros.REAL
     splits, warp_units, warps = triton.cdiv(units, 8), 2, 4
-    of_one_unit = triton.cdiv(units, 4)  # how many splits, where a warp has one
-    few_idle = units % 4 == 0 or real_zeros  # K of 2560 and 3584: with two units more warps would have no work
-    if unit == 128 and of_one_unit <= 8 and few_idle and 8 * splits >= 1.1 * 4 * of_one_unit:
-        if tiles * of_one_unit > 8 * sms:
-            splits, warp_units = of_one_unit, 1
+    of_one_unit = triton.cdiv(units, 4)  # how many splits, where a warp has one unit
+    spares_warps = 8 * splits >= 1.1 * 4 * of_one_unit and (units % 4 == 0 or real_zeros)  # that would have no work
+    if unit == 128 and of_one_unit <= 8 and spares_warps and tiles * of_one_unit > 8 * sms:  # K of 2560 and 3584
+        splits, warp_units = of_one_unit, 1
     if splits > 8 and groups == 1 and unit == 128 and not real_zeros:
         splits, warps = triton.cdiv(units, 16), 8
     if splits > 8:
@@ -359,7 +358,7 @@ def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zer
     cuts = {(2, of_two): 1.1 * _fill(tiles_per_sm, of_two)}  # (units a warp, blocks an SM) -> how good
     if of_two == 3 and (tiles_per_sm > 3 or zeros is Zeros.INTEGER):  # so few warps must not have several waves
         cuts = {(1, 4): _fill(tiles_per_sm, 4)}
-    cuts[1, 5] = _fill(tiles_per_sm, 5) * (0.8 if real_zeros else 1)
+    cuts[1, 5] = _fill(tiles_per_sm, 5) * (0.8 if real_zeros and small_groups else 1)
     if zeros is Zeros.NONE:
         cuts[1, 6] = _fill(tiles_per_sm, 6)
     warp_units, room = max(cuts, key=cuts.__getitem__)
@@ -419,8 +418,8 @@ def _decode_blocks(
     if few:  # five blocks of one tile fit an SM
         one = tiles_per_sm <= 5 and _fill(tiles_per_sm, 5) > 1.05 * _fill(tiles_per_sm / 2, 4)
         return warp_units, 4, 1, 1 if one else 2
-    many = tiles_per_sm > 4 and (groups == 1 or small_groups) and not (real_zeros and groups == 1)
-    tall = 4 if many or (groups == 1 and zeros is Zeros.NONE) else 2
+    of_four = small_groups or (groups == 1 and not real_zeros)  # where two blocks of four tiles an SM have registers
+    tall = 4 if of_four and (tiles_per_sm > 4 or (groups == 1 and zeros is Zeros.NONE)) else 2
     if _fill(tiles_per_sm / 2, 3) > 1.1 * _fill(tiles_per_sm / tall, 2):
         tall = 2
     return warp_units, 4, 1, tall
