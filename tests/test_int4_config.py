@@ -64,11 +64,11 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                 if c.cluster:
                     assert c.is_one_step(-(-k // unit)) and 1 < c.splits <= 8
                     assert blocks_per_sm < 0.8 * (2048 // (c.warps * c.max_registers)), "clusters find room"
-                if facts.is_nvidia and c.splits > 1 and c.max_registers < 255:
+                if facts.is_nvidia and c.max_registers < 255:
                     needed = registers_needed(
                         c.row_tiles, c.warp_units, 1 if m <= 8 else 2, groups_a_unit(group_size, k), zeros, gated
                     )
-                    assert needed - c.max_registers <= 120, "few registers are moved to memory"
+                    assert needed - c.max_registers <= (72 if m <= 8 else 127), "few registers are moved to memory"
                 assert c.warps * c.warp_units * unit >= 2 * group_size and not (gated and c.splits > 1)
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
