@@ -348,7 +348,7 @@ def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zer
         return DecodeConfig(1, 2, 8, 2, min(needed, 128) if needed <= 144 else needed)
     small_groups = groups > 2
 
-    def registers(row_tiles: int, warp_units: int, x_tiles: int, room: int) -> tuple[int, int]:
+    def registers(row_tiles: int, warp_units: int, room: int) -> tuple[int, int]:
         """(how many a thread may have for `room` blocks an SM, how many less than it needs that is)"""
         needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, True)
         limit = min(needed, registers_for(4 * room))
@@ -374,9 +374,9 @@ def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zer
             blocks = {(1, 4): _fill(tiles_per_sm, 4), (1, 5): _fill(tiles_per_sm, 5) * (0.8 if small_groups else 1)}
             if not small_groups:
                 blocks[2, 3] = _fill(tiles_per_sm / 2, 3)
-        few_moves = {b: good for b, good in blocks.items() if registers(b[0], warp_units, 2, b[1])[1] <= 48}
+        few_moves = {b: good for b, good in blocks.items() if registers(b[0], warp_units, b[1])[1] <= 48}
         row_tiles, room = max(few_moves or blocks, key=blocks.__getitem__)
-    return DecodeConfig(row_tiles, warp_units, 4, 2, registers(row_tiles, warp_units, x_tiles, room)[0])
+    return DecodeConfig(row_tiles, warp_units, 4, 2, registers(row_tiles, warp_units, room)[0])
 
 
 def _decode_blocks(
@@ -402,10 +402,10 @@ def _decode_blocks(
         return 2, 4, triton.cdiv(units, 8), 2  # one step of each split, three blocks an SM
     if 32 < units <= 128 and tiles_per_sm * triton.cdiv(units, 16) <= 4:
         return 2, 8, triton.cdiv(units, 16), 2  # one step of each split, two blocks an SM
+    if small_groups and real_zeros and tiles_per_sm <= 2 and (units < 64 or tiles_per_sm > 1.5):
+        return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         return _blocks_of_long_rows(m, units, tiles_per_sm, groups, zeros)
-    if small_groups and real_zeros and tiles_per_sm <= 2:
-        return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 4 if not few and tiles_per_sm > 1.5 else 2
     if tiles_per_sm <= 2:
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
@@ -432,8 +432,6 @@ def _blocks_of_long_rows(
     few, small_groups = m <= 8, groups > 2
     steps = triton.cdiv(units, 8)
     if zeros is Zeros.REAL:
-        if small_groups and tiles_per_sm > 1.5:
-            return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 2 if few else 4
         if small_groups:  # four blocks of a tile an SM
             return 2, 4, _even_splits(steps, min(int(4 / tiles_per_sm), 8)), 1 if few else 2
         return 2, 4, _even_splits(steps, min(int(6 / tiles_per_sm), 8)), 2  # three of two
@@ -475,12 +473,8 @@ def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
     """(splits, row_tiles) where K is more than 8 steps of 512 columns, of 4 warps each, and N at most two row tiles an
     SM: four blocks fit an SM, or of one row tile more, and those are taken that fill it better."""
     splits = _even_splits(steps, 8 if tiles_per_sm <= 1 else 4)
-
-    def filled(row_tiles: int) -> float:
-        blocks_per_sm = tiles_per_sm * splits / row_tiles
-        return blocks_per_sm / math.ceil(blocks_per_sm)
-
-    return splits, 1 if few and filled(1) > 1.1 * filled(2) else 2
+    blocks_per_sm = tiles_per_sm * splits  # of one row tile
+    return splits, 1 if few and _fill(blocks_per_sm, 8) > 1.1 * _fill(blocks_per_sm / 2, 8) else 2
 
 
 def stage_bytes(unit: int, group_size: int, zeros: Zeros, gated: bool) -> int:

@@ -505,29 +505,17 @@ def _multiply_step(
     USE_ASM: tl.constexpr,
 ):
     """_multiply_units of all units of a step, or of a warp's two, one after the other."""
-    if len(x_units) == 1:
+    COUNT: tl.constexpr = len(x_units)
+    # Of two units each has its own pairs of groups, or both share one, or (per channel) there are none: PAIRS < 0.
+    OWN_PAIRS: tl.constexpr = COUNT == 2 and PAIRS > 1
+    packed_of = _split_units(packed, ROW_TILES) if COUNT == 2 else (packed,)
+    scales_of = _split_units(scales[:, None], ROW_TILES) if OWN_PAIRS else (scales, scales)
+    zeros_of = _split_units(zeros[:, None], ROW_TILES) if OWN_PAIRS and z_ptr is not None else (zeros, zeros)
+    for u in tl.static_range(COUNT):
         total, x_total = _multiply_units(
-            x_units[0], packed, scales, zeros, s_ptr, z_ptr, total, x_total,
-            ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, None,
-        )  # fmt: skip
-    else:
-        # Each unit has its own pairs of groups, or the two share one, or (per channel) there are none: PAIRS < 0.
-        OWN_PAIRS: tl.constexpr = PAIRS > 1
-        EACH: tl.constexpr = PAIRS // 2 if OWN_PAIRS else PAIRS
-        first, second = _split_units(packed, ROW_TILES)
-        first_scales, second_scales = scales, scales
-        first_zeros, second_zeros = zeros, zeros
-        if OWN_PAIRS:
-            first_scales, second_scales = _split_units(scales[:, None], ROW_TILES)
-            if z_ptr is not None:
-                first_zeros, second_zeros = _split_units(zeros[:, None], ROW_TILES)
-        total, x_total = _multiply_units(
-            x_units[0], first, first_scales, first_zeros, s_ptr, z_ptr, total, x_total,
-            ROW_TILES, 1, WARPS, X_TILES, EACH, UNIT, GROUP_SIZE, USE_ASM, None if OWN_PAIRS else 0,
-        )  # fmt: skip
-        total, x_total = _multiply_units(
-            x_units[1], second, second_scales, second_zeros, s_ptr, z_ptr, total, x_total,
-            ROW_TILES, 1, WARPS, X_TILES, EACH, UNIT, GROUP_SIZE, USE_ASM, None if OWN_PAIRS else 1,
+            x_units[u], packed_of[u], scales_of[u], zeros_of[u], s_ptr, z_ptr, total, x_total,
+            ROW_TILES, WARP_UNITS // COUNT, WARPS, X_TILES, PAIRS // 2 if OWN_PAIRS else PAIRS, UNIT, GROUP_SIZE,
+            USE_ASM, u if COUNT == 2 and not OWN_PAIRS else None,
         )  # fmt: skip
     return total, x_total
 
