@@ -208,7 +208,7 @@ def pick_decode_config(
         return DecodeConfig(1, 2, warps, 2, registers_needed(1, 2, 1 if m <= 8 else 2, groups, zeros, gated))
     tiles_per_sm = tiles / facts.sm_count
     if gated:
-        return _fit_ring(_pair_config(m, unit, tiles_per_sm, groups, zeros), k, group_size, zeros, gated, facts)
+        return _fit_ring(_pair_config(m, unit, units, tiles_per_sm, groups, zeros), k, group_size, zeros, gated, facts)
     config = _cluster_config(m, tiles, unit, units, groups, zeros, facts.sm_count) if facts.has_clusters else None
     if config is not None:
         return config
@@ -250,14 +250,27 @@ def _register_limit(
             little = 40 if zeros is Zeros.REAL else 72
         else:
             little = 80 if zeros is Zeros.INTEGER else 40
-    else:
+    elif one_step or groups == 1:
         little = 24
+    elif x_tiles == 2:
+        little = 40
+    else:
+        little = 32 if (config.row_tiles, config.warp_units) == (1, 2) else 16
     if limit - little <= fits < limit:
         limit = fits
     if config.splits > 1 and one_step:
         limit = min(limit, max(fits, 128))
     elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
+    if groups > 1 and not one_step:  # all that leave room for as many blocks
+        room = min(blocks_per_sm, 65536 // (32 * config.warps * limit))
+        if config.splits == 1:  # or for as many as fill the chip best, of 12 warps or more
+            limit = needed - little
+            blocks = triton.cdiv(tiles, config.row_tiles) / sms
+            rooms = [r for r in range(1, 17) if registers_for(r * config.warps) >= limit]
+            rooms = [r for r in rooms if r >= blocks or r * config.warps >= 12]
+            room = max(rooms, key=lambda r: (_fill(blocks, r), r >= blocks, -r), default=1)
+        limit = max(limit, min(registers_for(room * config.warps), max(needed, 168)))
     limit = min(limit, registers_for(config.warps))
     if one_step and m <= 8 and groups == 1:  # what counts is how soon the next kernel's blocks find room
         if config.warps == 16:
@@ -273,7 +286,7 @@ def _cluster_config(
     """One step of each split of K, with all weights in registers when x comes, and the splits of a row tile a cluster.
     None where K is one step of one block or more than 8 steps, and where the blocks would not find room together.
 
-    Whether there is one, and how K is cut, does not depend on m. Swept on an H200, 2026-11-30: see
+    Whether there is one, and how K is cut, does not depend on m. Swept on an H200, 2026-11-30 and 2026-12-01: see
     docs/notes/int4-gemm.md.
     """
     if units * unit <= 2048:
@@ -284,7 +297,9 @@ def _cluster_config(
     spares_warps = 8 * splits >= 1.1 * 4 * of_one_unit and (units % 4 == 0 or real_zeros)  # that would have no work
     if unit == 128 and of_one_unit <= 8 and spares_warps and tiles * of_one_unit > 8 * sms:  # K of 2560 and 3584
         splits, warp_units = of_one_unit, 1
-    if splits > 8 and groups == 1 and unit == 128 and not real_zeros:
+    scales_only = small_groups and zeros is Zeros.NONE
+    of_eight = splits > 8 and not real_zeros and (groups == 1 or scales_only)
+    if unit == 128 and (of_eight or (scales_only and units % 16 == 0 and tiles * splits > 6 * sms)):
         splits, warps = triton.cdiv(units, 16), 8
     if splits > 8:
         return None
@@ -305,9 +320,11 @@ def _cluster_config(
     if unit == 64:
         little = 64
     elif warp_units == 1:
-        little = 56 if real_zeros else 24 if groups == 1 or zeros is Zeros.INTEGER else 48
+        of_zeros = {Zeros.NONE: (24, 48), Zeros.INTEGER: (24, 40), Zeros.REAL: (56, 32)}  # groups of a unit, small ones
+        little = of_zeros[zeros][small_groups]
     else:
-        little = 56 if zeros is Zeros.NONE else 24
+        of_zeros = {Zeros.NONE: (56, 56), Zeros.INTEGER: (24, 40), Zeros.REAL: (24, 56)}
+        little = of_zeros[zeros][small_groups]
     limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
     if limit is None:
         return None
@@ -336,10 +353,12 @@ def _fill(blocks_per_sm: float, room: int) -> float:
     return blocks_per_sm / (math.ceil(blocks_per_sm / room) * room)
 
 
-def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zeros) -> DecodeConfig:
-    """For a gated pair: all of K in a block, of four warps but for narrow units. Swept on an H200, 2026-11-30.
+def _pair_config(m: int, unit: int, units: int, tiles_per_sm: float, groups: int, zeros: Zeros) -> DecodeConfig:
+    """For a gated pair: all of K in a block, of four warps but for narrow units. Swept on an H200, 2026-11-30 and
+    2026-12-01.
 
-    Two units a warp are fewer steps, one takes fewer registers: that of which the blocks fill the chip better.
+    Two units a warp are fewer steps, one takes fewer registers, two row tiles read x half as often: that of which the
+    blocks fill the chip best.
     """
     few, real_zeros = m <= 8, zeros is Zeros.REAL
     x_tiles = 1 if few else 2
@@ -351,29 +370,49 @@ def _pair_config(m: int, unit: int, tiles_per_sm: float, groups: int, zeros: Zer
     def registers(row_tiles: int, warp_units: int, room: int) -> tuple[int, int]:
         """(how many a thread may have for `room` blocks an SM, how many less than it needs that is)"""
         needed = registers_needed(row_tiles, warp_units, x_tiles, groups, zeros, True)
-        limit = min(needed, registers_for(4 * room))
+        if groups > 1 or row_tiles == 2:  # all that leave room for as many blocks
+            limit = min(registers_for(4 * min(room, math.ceil(tiles_per_sm / row_tiles))), max(needed, 168))
+        else:
+            limit = min(needed, registers_for(4 * room))
         return limit, needed - limit
 
-    of_two = 3 if small_groups or real_zeros else 4  # blocks with two units a warp that an SM holds
-    cuts = {(2, of_two): 1.1 * _fill(tiles_per_sm, of_two)}  # (units a warp, blocks an SM) -> how good
-    if of_two == 3 and (tiles_per_sm > 3 or zeros is Zeros.INTEGER):  # so few warps must not have several waves
-        cuts = {(1, 4): _fill(tiles_per_sm, 4)}
-    cuts[1, 5] = _fill(tiles_per_sm, 5) * (0.8 if real_zeros and small_groups else 1)
-    if zeros is Zeros.NONE:
-        cuts[1, 6] = _fill(tiles_per_sm, 6)
-    warp_units, room = max(cuts, key=cuts.__getitem__)
-    row_tiles = 1
+    def filled(row_tiles: int, room: int) -> float:
+        return _fill(tiles_per_sm / row_tiles, room)
+
+    # (row tiles, units a warp, blocks an SM) -> how fast for up to 8 rows, if they fill the chip
+    if small_groups and tiles_per_sm <= 3:
+        speeds = {(1, 2, 4 if zeros is Zeros.NONE else 3): 1.0}
+    elif small_groups:
+        of_two = units / (8 * math.ceil(units / 8))  # of a step of two units a warp, how much has work
+        if zeros is Zeros.NONE:
+            speeds = {(1, 1, 5): 1.0, (1, 2, 4): 0.9 * of_two, (1, 1, 6): 0.85}
+        else:
+            speeds = {(1, 1, 4): 1.15, (2, 1, 3): 1.0, (1, 2, 3): 0.97 * of_two, (1, 1, 5): 0.9}
+    elif real_zeros:  # so few warps must not have several waves
+        speeds = {(1, 1, 4) if tiles_per_sm > 3 else (1, 2, 3): 1.1, (1, 1, 5): 1.0}
+    else:
+        speeds = {(1, 2, 4): 1.1, (1, 1, 5): 1.0}
+        if zeros is Zeros.NONE:
+            speeds[1, 1, 6] = 1.0
+    if zeros is Zeros.NONE and tiles_per_sm > 6:
+        speeds[2, 1, 4] = 1.0 if small_groups else 1.17
+    elif zeros is Zeros.NONE and small_groups and tiles_per_sm > 3:
+        speeds[2, 1, 4] = 0.9
+    best = max(speeds, key=lambda b: speeds[b] * filled(b[0], b[2]))
+    row_tiles, warp_units, room = best
     if not few:
         if warp_units == 2:
-            blocks = {(1, 3): _fill(tiles_per_sm, 3)}  # (row tiles, blocks an SM) -> how good
+            blocks = {(1, 3): filled(1, 3)}  # (row tiles, blocks an SM) -> how good
             if groups == 1 and not real_zeros or groups == 2 and zeros is Zeros.NONE:
-                blocks[2, 2] = _fill(tiles_per_sm / 2, 2)
+                blocks[2, 2] = filled(2, 2)
         elif real_zeros:
-            blocks = {(1, 3): _fill(tiles_per_sm, 3), (1, 4): 0.7 * _fill(tiles_per_sm, 4)}
+            blocks = {(1, 3): filled(1, 3), (1, 4): 0.7 * filled(1, 4)}
         else:
-            blocks = {(1, 4): _fill(tiles_per_sm, 4), (1, 5): _fill(tiles_per_sm, 5) * (0.8 if small_groups else 1)}
-            if not small_groups:
-                blocks[2, 3] = _fill(tiles_per_sm / 2, 3)
+            blocks = {(1, 4): filled(1, 4), (1, 5): filled(1, 5) * (0.8 if small_groups else 1)}
+            if small_groups:
+                blocks[1, 3] = filled(1, 3)
+            else:
+                blocks[2, 3] = filled(2, 3)
         few_moves = {b: good for b, good in blocks.items() if registers(b[0], warp_units, b[1])[1] <= 48}
         row_tiles, room = max(few_moves or blocks, key=blocks.__getitem__)
     return DecodeConfig(row_tiles, warp_units, 4, 2, registers(row_tiles, warp_units, room)[0])
@@ -384,7 +423,7 @@ def _decode_blocks(
 ) -> tuple[int, int, int, int]:
     """(warp_units, warps, splits, row_tiles), the first three the same for every m.
 
-    Swept on an H200, 2026-11-28 to 30: see docs/notes/int4-gemm.md. What decides is that all blocks fit the chip at
+    Swept on an H200, 2026-11-28 to 12-01: see docs/notes/int4-gemm.md. What decides is that all blocks fit the chip at
     once, scales and zeros taking registers, and that they are many.
     """
     few, real_zeros, small_groups = m <= 8, zeros is Zeros.REAL, groups > 2
@@ -402,7 +441,7 @@ def _decode_blocks(
         return 2, 4, triton.cdiv(units, 8), 2  # one step of each split, three blocks an SM
     if 32 < units <= 128 and tiles_per_sm * triton.cdiv(units, 16) <= 4:
         return 2, 8, triton.cdiv(units, 16), 2  # one step of each split, two blocks an SM
-    if small_groups and real_zeros and tiles_per_sm <= 2 and (units < 64 or tiles_per_sm > 1.5):
+    if small_groups and real_zeros and tiles_per_sm <= 2 and units > 32 and (units < 64 or tiles_per_sm > 1.5):
         return 1, 4, _even_splits(triton.cdiv(units, 4), 4), 4 if not few and tiles_per_sm > 1.5 else 2
     if units >= 64 and tiles_per_sm <= 2:  # long rows, few of them: reading x is what a block that has all of K does
         return _blocks_of_long_rows(m, units, tiles_per_sm, groups, zeros)
@@ -410,16 +449,19 @@ def _decode_blocks(
         return 2, 8, 1, 1 if few else 2
     if tiles_per_sm <= 3 and not real_zeros and groups == 1:
         return 2, 8, 1, 2 if tiles_per_sm > 2.5 or not few else 1
-    if tiles_per_sm <= 3 and not real_zeros:
+    if tiles_per_sm <= 3 and (zeros is Zeros.NONE or (zeros is Zeros.INTEGER and not small_groups)):
         return 1, 8, 1, 1 if few else 2
+    if tiles_per_sm <= 3 and small_groups and units == 28:  # half of the last step of 8 units would be empty
+        return 1, 4, 7, 4 if few else 2
     if tiles_per_sm <= 3:
         return 2, 4, 1, 1 if few else 2
-    warp_units = 1 if small_groups and (zeros is not Zeros.NONE or tiles_per_sm > 5) else 2
-    if few:  # five blocks of one tile fit an SM
-        one = tiles_per_sm <= 5 and _fill(tiles_per_sm, 5) > 1.05 * _fill(tiles_per_sm / 2, 4)
+    one = tiles_per_sm <= 5 and _fill(tiles_per_sm, 5) > 1.05 * _fill(tiles_per_sm / 2, 4)  # five of one tile fit an SM
+    needs_registers = small_groups and (tiles_per_sm > 5 if zeros is Zeros.NONE else not one)
+    warp_units = 1 if needs_registers else 2
+    if few:
         return warp_units, 4, 1, 1 if one else 2
-    of_four = small_groups or (groups == 1 and not real_zeros)  # where two blocks of four tiles an SM have registers
-    tall = 4 if of_four and (tiles_per_sm > 4 or (groups == 1 and zeros is Zeros.NONE)) else 2
+    of_four = groups == 1 and not real_zeros  # where two blocks of four tiles an SM have registers
+    tall = 4 if of_four and (tiles_per_sm > 4 or zeros is Zeros.NONE) else 2
     if _fill(tiles_per_sm / 2, 3) > 1.1 * _fill(tiles_per_sm / tall, 2):
         tall = 2
     return warp_units, 4, 1, tall
@@ -431,13 +473,9 @@ def _blocks_of_long_rows(
     """_decode_blocks where K is 8,192 or more and N at most two row tiles an SM."""
     few, small_groups = m <= 8, groups > 2
     steps = triton.cdiv(units, 8)
-    if zeros is Zeros.REAL:
-        if small_groups:  # four blocks of a tile an SM
-            return 2, 4, _even_splits(steps, min(int(4 / tiles_per_sm), 8)), 1 if few else 2
-        return 2, 4, _even_splits(steps, min(int(6 / tiles_per_sm), 8)), 2  # three of two
-    if small_groups and zeros is Zeros.NONE and 1 < tiles_per_sm <= 1.5:
-        splits = _even_splits(steps, int(6 / tiles_per_sm))  # three blocks of two tiles an SM
-        if units >= 0.85 * 8 * splits * triton.cdiv(steps, splits):
+    if zeros is Zeros.REAL or (small_groups and tiles_per_sm <= 1.5 and (zeros is Zeros.INTEGER or tiles_per_sm > 1)):
+        splits = _even_splits(steps, min(int(6 / tiles_per_sm), 8))  # three blocks of two tiles an SM
+        if not small_groups or units >= 0.85 * 8 * splits * triton.cdiv(steps, splits):
             return 2, 4, splits, 2
     if small_groups or (groups > 1 and units > 96):
         return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
@@ -478,10 +516,10 @@ def _long_rows(few: bool, steps: int, tiles_per_sm: float) -> tuple[int, int]:
 
 
 def stage_bytes(unit: int, group_size: int, zeros: Zeros, gated: bool) -> int:
-    """Bytes at most of shared memory that a stage of the decode kernel takes for a unit of a row tile. Each pair of
-    scales, of up to 8 bytes, lies there four times."""
-    pairs = 0 if group_size == -1 else triton.cdiv(unit // group_size, 2) * (1 if zeros is Zeros.NONE else 2)
-    return (1 + gated) * (8 * unit + pairs * 16 * 4 * 8)
+    """Bytes at most of shared memory that a stage of the decode kernel takes for a unit of a row tile. For either half
+    of the tile a lane fetches a pair of scales, and one of zeros, of up to 8 bytes."""
+    pairs = 0 if group_size == -1 else 1 if zeros is Zeros.NONE else 2
+    return (1 + gated) * (8 * unit + pairs * 2 * 32 * 8)
 
 
 def registers_for(warps: int) -> int:
@@ -494,8 +532,8 @@ def registers_needed(row_tiles: int, warp_units: int, x_tiles: int, groups: int,
     if x_tiles == 2 and row_tiles == 4 and groups > 1:
         return 255
     weights = (1 + gated) * row_tiles * 8 * warp_units
-    pairs = (1 + gated) * row_tiles * warp_units * 2 * (groups - 1) * (1 if zeros is Zeros.NONE else 2)
-    sums = (1 + gated) * row_tiles * 4 * x_tiles + (0 if zeros is not Zeros.REAL else 24 if groups == 2 else 16)
+    pairs = 0 if groups == 1 else (1 + gated) * row_tiles * 2 * (1 if zeros is Zeros.NONE else 2)
+    sums = (1 + gated) * row_tiles * 4 * x_tiles + (16 if zeros is Zeros.REAL else 0)
     if zeros is Zeros.INTEGER and x_tiles == 2:
         sums += 16  # what is added to weights
     held = 16 * warp_units * x_tiles + weights + pairs + sums

@@ -245,15 +245,29 @@ def _pairs_tile(
     GROUP_SIZE: tl.constexpr,
 ):
     """(offsets int64 [T], number of the pair [T]) of the pairs of scales, or zeros, that a step reads, those of step 0;
-    T runs over halves of tiles, pairs of a warp, warps and lanes. The four lanes of a row read the same."""
-    EACH: tl.constexpr = max(PAIRS, 1)
-    i = tl.arange(0, 2 * ROW_TILES * EACH * WARPS * 32)
+    T runs over halves of tiles, warps and lanes. Of a warp's pairs the four lanes of a row fetch one each: see
+    _of_group."""
+    i = tl.arange(0, 2 * ROW_TILES * WARPS * 32)
     warp = i // 32 % WARPS
-    pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i // (32 * WARPS) % PAIRS
-    half = i // (32 * WARPS * EACH)
+    pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i % PAIRS
+    half = i // (32 * WARPS)
     offs = pair * 16 + half % 2 * 8 + i % 32 // 4
     tile = _row_tile(block_n, half, N, ROW_TILES)
     return _row_tile_offset(tile, tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2), 16, ROW_TILES) + offs, pair
+
+
+_FROM_LANE = tl.constexpr(tuple(f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xffffffff;" for lane in range(4)))
+
+
+@triton.jit
+def _from_lane(pairs, LANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
+    """Of every four lanes what lane LANE has of `pairs`, [T] as _pairs_tile reads them."""
+    T: tl.constexpr = pairs.shape[0]
+    if DTYPE == tl.int16 and USE_ASM:
+        # No gather may lead to a tl.dot: it has a layout of its own.
+        return tl.inline_asm_elementwise(_FROM_LANE[LANE], "=r,r", [pairs], tl.int32, is_pure=True, pack=1)
+    else:
+        return tl.gather(pairs.reshape(T // 4, 4), tl.full([T // 4, 4], LANE, tl.int32), 1).reshape(T)
 
 
 @triton.jit
@@ -267,26 +281,31 @@ def _of_group(
     WARP_UNITS: tl.constexpr,
     WARPS: tl.constexpr,
     OF_UNIT: tl.constexpr,
+    USE_ASM: tl.constexpr,
 ):
     """The scale (or zero) of group `group` of GROUPS in every unit, as _split_pairs gives it: [2 * ROW_TILES *
     WARP_UNITS * WARPS * 32], in the order of _weight_tile. OF_UNIT: as in _multiply_units."""
-    if GROUPS == 4:
-        pairs = pairs.reshape(2 * ROW_TILES, WARP_UNITS, 2, WARPS, 32).permute(0, 1, 3, 4, 2)
-        first, second = tl.split(pairs)
-        pairs = first if group < 2 else second
+    if PAIRS > 1:  # handed over by the lane of the row that has it: four times as many words would fill registers
+        UNIT_0: tl.constexpr = 0 if OF_UNIT is None else OF_UNIT
+        first = _from_lane(pairs, (UNIT_0 * GROUPS + group) // 2, DTYPE, USE_ASM)
+        if WARP_UNITS == 2:
+            second = _from_lane(pairs, (GROUPS + group) // 2, DTYPE, USE_ASM)
+            first = first.reshape(2 * ROW_TILES, 1, WARPS, 32)
+            first = tl.where(tl.arange(0, 2)[None, :, None, None] == 0, first, second.reshape(first.shape))
+        pairs = first.reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32)
     low, high = _split_pairs(pairs, DTYPE)
     if PAIRS == 0:  # one group a warp: the first or the second of a pair
         is_first = tl.arange(0, 2 * ROW_TILES * WARPS * 32) // 32 % 2 == 0
         return tl.where(is_first, low, high)
+    elif GROUPS > 1:
+        return low if group % 2 == 0 else high
     elif OF_UNIT is not None:  # a pair is that of the two units
         return low if OF_UNIT == 0 else high
-    elif GROUPS == 1 and DTYPE == tl.int16:  # no join may lead to a tl.dot
-        low = low.reshape(2 * ROW_TILES, PAIRS, 1, WARPS, 32)
-        return tl.where(tl.arange(0, 2)[None, None, :, None, None] == 0, low, high.reshape(low.shape))
-    elif GROUPS == 1:
-        return tl.join(low, high).reshape(2 * ROW_TILES, PAIRS, WARPS, 32, 2).permute(0, 1, 4, 2, 3)
+    elif DTYPE == tl.int16:  # no join may lead to a tl.dot
+        low = low.reshape(2 * ROW_TILES, 1, WARPS, 32)
+        return tl.where(tl.arange(0, 2)[None, :, None, None] == 0, low, high.reshape(low.shape))
     else:
-        return low if group % 2 == 0 else high
+        return tl.join(low, high).reshape(2 * ROW_TILES, WARPS, 32, 2).permute(0, 3, 1, 2)
 
 
 @triton.jit
@@ -390,9 +409,17 @@ def _load_plane(
 
 
 @triton.jit
-def _fma(x, y, z):
-    """x * y + z with one rounding; shapes are broadcast to that of z."""
-    return tl.fma(x.broadcast_to(z.shape), y.broadcast_to(z.shape), z)
+def _fma(x, y, z, AT_ONCE: tl.constexpr):
+    """x * y + z with one rounding; shapes are broadcast to that of z.
+
+    LLVM makes vectors of these where the sums are stored as vectors, and computes them behind all products of a step:
+    that hides how long a product takes, and holds the sums of all its groups. AT_ONCE: of these it does not.
+    """
+    x, y = x.broadcast_to(z.shape), y.broadcast_to(z.shape)
+    if AT_ONCE:
+        return tl.inline_asm_elementwise("fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f", [x, y, z], tl.float32, True, 1)
+    else:
+        return tl.fma(x, y, z)
 
 
 @triton.jit
@@ -419,6 +446,7 @@ def _multiply_units(
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
+    SCALE_AT_ONCE: tl.constexpr,  # see _fma
     OF_UNIT: tl.constexpr,  # None, or which of a warp's two units the only one here is: scales and zeros are of both
 ):
     """Adds x times the weights of these units, over UNPACKED, to `total`, fp32 [WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2],
@@ -441,8 +469,9 @@ def _multiply_units(
         subtracted = None
         if INTEGER_ZEROS:
             zero = _of_group(
-                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16, ROW_TILES, WARP_UNITS, WARPS, OF_UNIT
-            ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)
+                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16,
+                ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
+            ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)  # fmt: skip
             zero = zero.broadcast_to(2 * ROW_TILES * WARP_UNITS * WARPS * 32, UNIT // 16)
             subtracted = _weights_operand(zero, ROW_TILES, WARP_UNITS, WARPS, UNIT)
         partial = tl.dot(_unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
@@ -465,21 +494,23 @@ def _multiply_units(
                 if OTHER_ZEROS:
                     zero = _of_group(
                         zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
-                        ROW_TILES, WARP_UNITS, WARPS, OF_UNIT,
+                        ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
                     )  # fmt: skip
                     zero = _group_factor(zero, ROW_TILES, WARP_UNITS, WARPS)
-                    sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums)
+                    sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums, SCALE_AT_ONCE)
                 scale = _of_group(
                     scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
-                    ROW_TILES, WARP_UNITS, WARPS, OF_UNIT,
+                    ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
                 )  # fmt: skip
                 scale = _group_factor(scale, ROW_TILES, WARP_UNITS, WARPS)
                 if WARP_UNITS == 1:
-                    total = _fma(sums.reshape(total.shape), scale.reshape(scale.shape[1:]), total)
+                    scale = scale.reshape(scale.shape[1:])
+                    total = _fma(sums.reshape(total.shape), scale, total, SCALE_AT_ONCE)
                 else:
                     first, second = _halves(sums)
                     first_scale, second_scale = _halves(scale)
-                    total = _fma(second, second_scale, _fma(first, first_scale, total))
+                    total = _fma(first, first_scale, total, SCALE_AT_ONCE)
+                    total = _fma(second, second_scale, total, SCALE_AT_ONCE)
             partial = tl.zeros([BATCH, ROWS, BLOCK_M], tl.float32)
             x_sum = tl.zeros([BATCH, 16, BLOCK_M], tl.float32)
     return total, x_total
@@ -503,19 +534,16 @@ def _multiply_step(
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
+    SCALE_AT_ONCE: tl.constexpr,
 ):
     """_multiply_units of all units of a step, or of a warp's two, one after the other."""
     COUNT: tl.constexpr = len(x_units)
-    # Of two units each has its own pairs of groups, or both share one, or (per channel) there are none: PAIRS < 0.
-    OWN_PAIRS: tl.constexpr = COUNT == 2 and PAIRS > 1
     packed_of = _split_units(packed, ROW_TILES) if COUNT == 2 else (packed,)
-    scales_of = _split_units(scales[:, None], ROW_TILES) if OWN_PAIRS else (scales, scales)
-    zeros_of = _split_units(zeros[:, None], ROW_TILES) if OWN_PAIRS and z_ptr is not None else (zeros, zeros)
     for u in tl.static_range(COUNT):
         total, x_total = _multiply_units(
-            x_units[u], packed_of[u], scales_of[u], zeros_of[u], s_ptr, z_ptr, total, x_total,
-            ROW_TILES, WARP_UNITS // COUNT, WARPS, X_TILES, PAIRS // 2 if OWN_PAIRS else PAIRS, UNIT, GROUP_SIZE,
-            USE_ASM, u if COUNT == 2 and not OWN_PAIRS else None,
+            x_units[u], packed_of[u], scales, zeros, s_ptr, z_ptr, total, x_total,
+            ROW_TILES, WARP_UNITS // COUNT, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
+            u if COUNT == 2 else None,
         )  # fmt: skip
     return total, x_total
 
@@ -540,7 +568,7 @@ def _sum_of_block(
         if z_ptr is not None:
             zero = tl.load(z_ptr + rows).to(tl.float32)[:, None]
             x_sum = tl.max(add_warps(x_total.reshape(WARPS, 16, BLOCK_M), WARPS), 0)  # its rows are alike
-            acc = _fma(8.0 - zero, x_sum[None, :], acc)
+            acc = _fma(8.0 - zero, x_sum[None, :], acc, False)
         acc *= tl.load(s_ptr + rows).to(tl.float32)[:, None]
     return acc
 
@@ -684,6 +712,7 @@ def _int4_decode_kernel(
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    MANY_REGISTERS: tl.constexpr,  # a thread has 128 or more
     ACTIVATION: tl.constexpr,  # of the gate
     USE_ASM: tl.constexpr,
     PDL: tl.constexpr,
@@ -701,6 +730,9 @@ def _int4_decode_kernel(
     ONE_GROUP: tl.constexpr = GROUP_SIZE == -1 or GROUP_SIZE == UNIT
     IN_TURN: tl.constexpr = ROW_TILES * X_TILES == 8 if ONE_GROUP else SPLITS > 1
     UNITS_AT_ONCE: tl.constexpr = 1 if IN_TURN or not ONE_STEP else WARP_UNITS
+    SCALE_AT_ONCE: tl.constexpr = (
+        USE_ASM and not ONE_GROUP and (ONE_STEP or (MANY_REGISTERS and z_ptr is not None))
+    )  # measured; see _fma
     NOTHING: tl.constexpr = None if WHOLE_STEPS else 0  # what stands past K where it ends within a step
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
@@ -756,12 +788,12 @@ def _int4_decode_kernel(
             )
             total, x_total = _multiply_step(
                 x_units, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
-                ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
+                ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
             )  # fmt: skip
             if gate_ptr is not None:
                 gate_total, gate_x_total = _multiply_step(
                     x_units, gate_packed, gate_scales, gate_zeros, gate_s_ptr, gate_z_ptr, gate_total, gate_x_total,
-                    ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM,
+                    ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
                 )  # fmt: skip
 
     acc = _sum_of_block(total, x_total, s_ptr, z_ptr, block_n, N, WARPS, ROWS, BLOCK_M, GROUP_SIZE)
@@ -1274,8 +1306,8 @@ def _decode_launcher(
     return Launcher(
         _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
         X_TILES=x_tiles, SPLITS=config.splits, CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps,
-        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, ACTIVATION=activation, USE_ASM=facts.is_nvidia,
-        num_warps=config.warps, **pdl_options(facts), **meta,
+        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, MANY_REGISTERS=config.max_registers >= 128,
+        ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps, **pdl_options(facts), **meta,
     )  # fmt: skip
 
 
