@@ -306,7 +306,7 @@ def _cluster_config(
     work = tiles * splits / sms
     row_tiles = 2 if 2 < work <= 6 or warps == 8 else 1 if work <= 2 else 4  # one to three blocks an SM
     few_tiles = row_tiles
-    if small_groups and row_tiles == 4 and warp_units == 2:  # with more scales to load, five of half the size
+    if small_groups and row_tiles == 4 and warp_units == 2 and not real_zeros:  # with more scales: five half as large
         few_tiles = 2
 
     def registers(row_tiles: int, x_tiles: int, filled: float, little: int) -> int | None:
