@@ -73,7 +73,7 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
                 if facts.is_nvidia:
                     stage = stage_bytes(unit, group_size, zeros, gated) * c.warps * c.warp_units * c.row_tiles
                     in_a_ring = c.row_tiles > 1 and not c.is_one_step(-(-k // unit))
-                    if zeros is Zeros.INTEGER and in_a_ring and (c.warp_units == 1 or 0 < group_size < unit):
+                    if zeros is Zeros.INTEGER and in_a_ring and c.warp_units == 1 and group_size in (-1, unit):
                         stage *= 2
                     assert stage <= facts.shared_memory_bytes and c.max_registers * c.warps * 32 <= 2**16
 

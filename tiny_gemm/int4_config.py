@@ -225,8 +225,8 @@ def _fit_ring(
     """With fewer row tiles, where a stage of so many would be more than the shared memory of a block."""
     unit, row_tiles = unit_k(k), config.row_tiles
     tile_bytes = stage_bytes(unit, group_size, zeros, gated) * config.warps * config.warp_units
-    in_turn = config.warp_units == 2 and groups_a_unit(group_size, k) == 1
-    if zeros is Zeros.INTEGER and not in_turn and not config.is_one_step(triton.cdiv(k, unit)):
+    one_group_a_warp = config.warp_units == 1 and groups_a_unit(group_size, k) == 1
+    if zeros is Zeros.INTEGER and one_group_a_warp and not config.is_one_step(triton.cdiv(k, unit)):
         tile_bytes *= 2  # Triton keeps two stages of these
     while row_tiles > 1 and row_tiles * tile_bytes > facts.shared_memory_bytes:
         row_tiles //= 2
@@ -253,7 +253,7 @@ def _register_limit(
     elif one_step or groups == 1:
         little = 24
     elif x_tiles == 2:
-        little = 40
+        little = 24 if zeros is Zeros.NONE else 40
     else:
         little = 32 if (config.row_tiles, config.warp_units) == (1, 2) else 16
     if limit - little <= fits < limit:
@@ -263,7 +263,7 @@ def _register_limit(
     elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
     if groups > 1 and not one_step:  # all that leave room for as many blocks
-        room = min(blocks_per_sm, 65536 // (32 * config.warps * limit))
+        room = max(1, min(blocks_per_sm, 65536 // (32 * config.warps * limit)))
         if config.splits == 1:  # or for as many as fill the chip best, of 12 warps or more
             limit = needed - little
             blocks = triton.cdiv(tiles, config.row_tiles) / sms
@@ -320,7 +320,7 @@ def _cluster_config(
     if unit == 64:
         little = 64
     elif warp_units == 1:
-        of_zeros = {Zeros.NONE: (24, 48), Zeros.INTEGER: (24, 40), Zeros.REAL: (56, 32)}  # groups of a unit, small ones
+        of_zeros = {Zeros.NONE: (24, 32), Zeros.INTEGER: (24, 40), Zeros.REAL: (56, 32)}  # groups of a unit, small ones
         little = of_zeros[zeros][small_groups]
     else:
         of_zeros = {Zeros.NONE: (56, 56), Zeros.INTEGER: (24, 40), Zeros.REAL: (24, 56)}
@@ -379,7 +379,7 @@ def _pair_config(m: int, unit: int, units: int, tiles_per_sm: float, groups: int
     def filled(row_tiles: int, room: int) -> float:
         return _fill(tiles_per_sm / row_tiles, room)
 
-    # (row tiles, units a warp, blocks an SM) -> how fast for up to 8 rows, if they fill the chip
+    # (row tiles, units a warp, blocks an SM) -> how fast for up to 8 rows, beside how they fill the chip
     if small_groups and tiles_per_sm <= 3:
         speeds = {(1, 2, 4 if zeros is Zeros.NONE else 3): 1.0}
     elif small_groups:
@@ -398,8 +398,7 @@ def _pair_config(m: int, unit: int, units: int, tiles_per_sm: float, groups: int
         speeds[2, 1, 4] = 1.0 if small_groups else 1.17
     elif zeros is Zeros.NONE and small_groups and tiles_per_sm > 3:
         speeds[2, 1, 4] = 0.9
-    best = max(speeds, key=lambda b: speeds[b] * filled(b[0], b[2]))
-    row_tiles, warp_units, room = best
+    row_tiles, warp_units, room = max(speeds, key=lambda b: speeds[b] * filled(b[0], b[2]))
     if not few:
         if warp_units == 2:
             blocks = {(1, 3): filled(1, 3)}  # (row tiles, blocks an SM) -> how good
@@ -476,7 +475,7 @@ def _blocks_of_long_rows(
     if zeros is Zeros.REAL or (small_groups and tiles_per_sm <= 1.5 and (zeros is Zeros.INTEGER or tiles_per_sm > 1)):
         splits = _even_splits(steps, min(int(6 / tiles_per_sm), 8))  # three blocks of two tiles an SM
         if not small_groups or units >= 0.85 * 8 * splits * triton.cdiv(steps, splits):
-            return 2, 4, splits, 2
+            return 2, 4, splits, 1 if few and small_groups and tiles_per_sm * splits <= 3 else 2
     if small_groups or (groups > 1 and units > 96):
         return 1, 4, *_long_rows(few, triton.cdiv(units, 4), tiles_per_sm)
     if tiles_per_sm > 1:  # as few steps a split as fit the chip at once, four blocks of two tiles an SM

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tiny_gemm.device import DeviceFacts, counters, device_facts, scratch, set_up_counters, tensor_bytes
+from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, scratch, set_up_counters, tensor_bytes
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
@@ -242,15 +242,20 @@ def _pairs_tile(
     ROW_TILES: tl.constexpr,
     WARPS: tl.constexpr,
     PAIRS: tl.constexpr,  # a warp; 0: half a one
+    SHARED: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
 ):
     """(offsets int64 [T], number of the pair [T]) of the pairs of scales, or zeros, that a step reads, those of step 0;
-    T runs over halves of tiles, warps and lanes. Of a warp's pairs the four lanes of a row fetch one each: see
-    _of_group."""
-    i = tl.arange(0, 2 * ROW_TILES * WARPS * 32)
+    T runs over halves of tiles, pairs of a warp, warps and lanes. The four lanes of a row read the same; if SHARED
+    each reads one of the warp's, lane t of them pair t or, of two, t % 2, and T does not run over pairs."""
+    EACH: tl.constexpr = 1 if SHARED else max(PAIRS, 1)
+    i = tl.arange(0, 2 * ROW_TILES * EACH * WARPS * 32)
     warp = i // 32 % WARPS
-    pair = warp // 2 if PAIRS == 0 else warp * PAIRS + i % PAIRS
-    half = i // (32 * WARPS)
+    half = i // (32 * WARPS * EACH)
+    if PAIRS == 0:
+        pair = warp // 2
+    else:
+        pair = warp * PAIRS + (i % PAIRS if SHARED else i // (32 * WARPS) % PAIRS)
     offs = pair * 16 + half % 2 * 8 + i % 32 // 4
     tile = _row_tile(block_n, half, N, ROW_TILES)
     return _row_tile_offset(tile, tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2), 16, ROW_TILES) + offs, pair
@@ -261,10 +266,11 @@ _FROM_LANE = tl.constexpr(tuple(f"shfl.sync.idx.b32 $0, $1, {lane}, 0x1c1f, 0xff
 
 @triton.jit
 def _from_lane(pairs, LANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """Of every four lanes what lane LANE has of `pairs`, [T] as _pairs_tile reads them."""
+    """Of every four lanes, a row's, what lane LANE has of `pairs`, [T] as _pairs_tile reads them."""
     T: tl.constexpr = pairs.shape[0]
     if DTYPE == tl.int16 and USE_ASM:
-        # No gather may lead to a tl.dot: it has a layout of its own.
+        # No gather may lead to a tl.dot: it has a layout of its own. This instruction has any in which lanes are the
+        # last dimension, as in what is loaded, and looks into segments of four of them (0x1c); all threads come by.
         return tl.inline_asm_elementwise(_FROM_LANE[LANE], "=r,r", [pairs], tl.int32, is_pure=True, pack=1)
     else:
         return tl.gather(pairs.reshape(T // 4, 4), tl.full([T // 4, 4], LANE, tl.int32), 1).reshape(T)
@@ -276,6 +282,7 @@ def _of_group(
     group: tl.constexpr,
     GROUPS: tl.constexpr,
     PAIRS: tl.constexpr,
+    SHARED: tl.constexpr,
     DTYPE: tl.constexpr,
     ROW_TILES: tl.constexpr,
     WARP_UNITS: tl.constexpr,
@@ -285,7 +292,7 @@ def _of_group(
 ):
     """The scale (or zero) of group `group` of GROUPS in every unit, as _split_pairs gives it: [2 * ROW_TILES *
     WARP_UNITS * WARPS * 32], in the order of _weight_tile. OF_UNIT: as in _multiply_units."""
-    if PAIRS > 1:  # handed over by the lane of the row that has it: four times as many words would fill registers
+    if SHARED:  # handed over by the lane of the row that has it: four times as many words would fill registers
         UNIT_0: tl.constexpr = 0 if OF_UNIT is None else OF_UNIT
         first = _from_lane(pairs, (UNIT_0 * GROUPS + group) // 2, DTYPE, USE_ASM)
         if WARP_UNITS == 2:
@@ -293,6 +300,10 @@ def _of_group(
             first = first.reshape(2 * ROW_TILES, 1, WARPS, 32)
             first = tl.where(tl.arange(0, 2)[None, :, None, None] == 0, first, second.reshape(first.shape))
         pairs = first.reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32)
+    elif GROUPS == 4:
+        pairs = pairs.reshape(2 * ROW_TILES, WARP_UNITS, 2, WARPS, 32).permute(0, 1, 3, 4, 2)
+        first, second = tl.split(pairs)
+        pairs = first if group < 2 else second
     low, high = _split_pairs(pairs, DTYPE)
     if PAIRS == 0:  # one group a warp: the first or the second of a pair
         is_first = tl.arange(0, 2 * ROW_TILES * WARPS * 32) // 32 % 2 == 0
@@ -326,8 +337,7 @@ def _weights_operand(
 
 @triton.jit
 def _split_units(values, ROW_TILES: tl.constexpr):
-    """What is [T, C] in the order of _weight_tile or _pairs_tile, of two units a warp, as two tensors [T / 2, C] of one
-    unit a warp."""
+    """What is [T, C] in the order of _weight_tile, of two units a warp, as two tensors [T / 2, C], of one each."""
     T: tl.constexpr = values.shape[0]
     C: tl.constexpr = values.shape[1]
     units = values.reshape(2 * ROW_TILES, 2, T // (4 * ROW_TILES), C).permute(0, 2, 3, 1)
@@ -413,7 +423,7 @@ def _fma(x, y, z, AT_ONCE: tl.constexpr):
     """x * y + z with one rounding; shapes are broadcast to that of z.
 
     LLVM makes vectors of these where the sums are stored as vectors, and computes them behind all products of a step:
-    that hides how long a product takes, and holds the sums of all its groups. AT_ONCE: of these it does not.
+    that hides how long a product takes, and holds the sums of all its groups. AT_ONCE: it is kept from it, by PTX.
     """
     x, y = x.broadcast_to(z.shape), y.broadcast_to(z.shape)
     if AT_ONCE:
@@ -443,6 +453,7 @@ def _multiply_units(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     PAIRS: tl.constexpr,
+    SHARED: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -469,7 +480,7 @@ def _multiply_units(
         subtracted = None
         if INTEGER_ZEROS:
             zero = _of_group(
-                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, tl.int16,
+                zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, SHARED, tl.int16,
                 ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
             ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)  # fmt: skip
             zero = zero.broadcast_to(2 * ROW_TILES * WARP_UNITS * WARPS * 32, UNIT // 16)
@@ -493,13 +504,13 @@ def _multiply_units(
             else:
                 if OTHER_ZEROS:
                     zero = _of_group(
-                        zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, z_ptr.dtype.element_ty,
+                        zeros, plane * COLS // GROUP, UNIT // GROUP, PAIRS, SHARED, z_ptr.dtype.element_ty,
                         ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
                     )  # fmt: skip
                     zero = _group_factor(zero, ROW_TILES, WARP_UNITS, WARPS)
                     sums = _fma(x_sums, (8.0 - zero) * (1.0 / UNPACKED), sums, SCALE_AT_ONCE)
                 scale = _of_group(
-                    scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, s_ptr.dtype.element_ty,
+                    scales, plane * COLS // GROUP, UNIT // GROUP, PAIRS, SHARED, s_ptr.dtype.element_ty,
                     ROW_TILES, WARP_UNITS, WARPS, OF_UNIT, USE_ASM,
                 )  # fmt: skip
                 scale = _group_factor(scale, ROW_TILES, WARP_UNITS, WARPS)
@@ -531,6 +542,7 @@ def _multiply_step(
     WARPS: tl.constexpr,
     X_TILES: tl.constexpr,
     PAIRS: tl.constexpr,
+    SHARED: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     USE_ASM: tl.constexpr,
@@ -542,7 +554,7 @@ def _multiply_step(
     for u in tl.static_range(COUNT):
         total, x_total = _multiply_units(
             x_units[u], packed_of[u], scales, zeros, s_ptr, z_ptr, total, x_total,
-            ROW_TILES, WARP_UNITS // COUNT, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
+            ROW_TILES, WARP_UNITS // COUNT, WARPS, X_TILES, PAIRS, SHARED, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
             u if COUNT == 2 else None,
         )  # fmt: skip
     return total, x_total
@@ -712,6 +724,7 @@ def _int4_decode_kernel(
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    LANES_SHARE: tl.constexpr,  # pairs of scales, and of zeros: see _of_group
     MANY_REGISTERS: tl.constexpr,  # a thread has 128 or more
     ACTIVATION: tl.constexpr,  # of the gate
     USE_ASM: tl.constexpr,
@@ -729,10 +742,16 @@ def _int4_decode_kernel(
     # small groups this decides the order of sums, so it must not depend on X_TILES.
     ONE_GROUP: tl.constexpr = GROUP_SIZE == -1 or GROUP_SIZE == UNIT
     IN_TURN: tl.constexpr = ROW_TILES * X_TILES == 8 if ONE_GROUP else SPLITS > 1
-    UNITS_AT_ONCE: tl.constexpr = 1 if IN_TURN or not ONE_STEP else WARP_UNITS
-    SCALE_AT_ONCE: tl.constexpr = (
-        USE_ASM and not ONE_GROUP and (ONE_STEP or (MANY_REGISTERS and z_ptr is not None))
-    )  # measured; see _fma
+    MAY_TURN: tl.constexpr = ONE_GROUP or LANES_SHARE  # pairs that lanes do not share are of both units, in one tensor
+    UNITS_AT_ONCE: tl.constexpr = 1 if MAY_TURN and (IN_TURN or not ONE_STEP) else WARP_UNITS
+    # Lanes that share pairs hold and load less, and have to hand them over: where one step of one block is all, which
+    # has registers to spare, that is slower. Sums of groups are scaled at once in one step, where that spares most
+    # registers, and where it was faster in a ring: with zeros and registers enough, but for the many sums of a pair.
+    IS_ALL: tl.constexpr = ONE_STEP and SPLITS == 1
+    SHARED: tl.constexpr = PAIRS > 1 and LANES_SHARE and not IS_ALL
+    MANY_SUMS: tl.constexpr = gate_ptr is not None and WARP_UNITS * X_TILES == 4
+    IN_A_RING: tl.constexpr = MANY_REGISTERS and z_ptr is not None and not MANY_SUMS
+    SCALE_AT_ONCE: tl.constexpr = USE_ASM and not ONE_GROUP and not IS_ALL and (ONE_STEP or IN_A_RING)
     NOTHING: tl.constexpr = None if WHOLE_STEPS else 0  # what stands past K where it ends within a step
     split = tl.program_id(0) % SPLITS
     block_m = tl.program_id(0) // SPLITS
@@ -750,7 +769,7 @@ def _int4_decode_kernel(
 
     w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     if GROUP_SIZE != -1:
-        s_offs, s_pair = _pairs_tile(block_n, N, K, ROW_TILES, WARPS, PAIRS, GROUP_SIZE)
+        s_offs, s_pair = _pairs_tile(block_n, N, K, ROW_TILES, WARPS, PAIRS, SHARED, GROUP_SIZE)
         pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
     total = tl.zeros([WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], tl.float32)
     x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
@@ -788,12 +807,12 @@ def _int4_decode_kernel(
             )
             total, x_total = _multiply_step(
                 x_units, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
-                ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
+                ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, SHARED, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
             )  # fmt: skip
             if gate_ptr is not None:
                 gate_total, gate_x_total = _multiply_step(
                     x_units, gate_packed, gate_scales, gate_zeros, gate_s_ptr, gate_z_ptr, gate_total, gate_x_total,
-                    ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
+                    ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, SHARED, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
                 )  # fmt: skip
 
     acc = _sum_of_block(total, x_total, s_ptr, z_ptr, block_n, N, WARPS, ROWS, BLOCK_M, GROUP_SIZE)
@@ -1306,8 +1325,9 @@ def _decode_launcher(
     return Launcher(
         _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
         X_TILES=x_tiles, SPLITS=config.splits, CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps,
-        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, MANY_REGISTERS=config.max_registers >= 128,
-        ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps, **pdl_options(facts), **meta,
+        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, LANES_SHARE=facts.is_nvidia or facts == INTERPRETED,
+        MANY_REGISTERS=config.max_registers >= 128, ACTIVATION=activation, USE_ASM=facts.is_nvidia,
+        num_warps=config.warps, **pdl_options(facts), **meta,
     )  # fmt: skip
 
 
