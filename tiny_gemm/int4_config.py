@@ -263,8 +263,9 @@ def _register_limit(
     elif config.splits > 1:  # what is to spare lets ptxas ask for x sooner
         limit = max(limit, min(fits, 128))
     if groups > 1 and not one_step:  # all that leave room for as many blocks
-        room = max(1, min(blocks_per_sm, 65536 // (32 * config.warps * limit)))
-        if config.splits == 1:  # or for as many as fill the chip best, of 12 warps or more
+        if config.splits > 1:
+            room = max(1, min(blocks_per_sm, 65536 // (32 * config.warps * limit)))
+        else:  # or for as many as fill the chip best, of 12 warps or more
             limit = needed - little
             blocks = triton.cdiv(tiles, config.row_tiles) / sms
             rooms = [r for r in range(1, 17) if registers_for(r * config.warps) >= limit]
@@ -320,11 +321,9 @@ def _cluster_config(
     if unit == 64:
         little = 64
     elif warp_units == 1:
-        of_zeros = {Zeros.NONE: (24, 32), Zeros.INTEGER: (24, 40), Zeros.REAL: (56, 32)}  # groups of a unit, small ones
-        little = of_zeros[zeros][small_groups]
+        little = {Zeros.NONE: (24, 32), Zeros.INTEGER: (24, 40), Zeros.REAL: (56, 32)}[zeros][small_groups]
     else:
-        of_zeros = {Zeros.NONE: (56, 56), Zeros.INTEGER: (24, 40), Zeros.REAL: (24, 56)}
-        little = of_zeros[zeros][small_groups]
+        little = {Zeros.NONE: (56, 56), Zeros.INTEGER: (24, 40), Zeros.REAL: (24, 56)}[zeros][small_groups]
     limit = registers(few_tiles, 1, CLUSTERS_FILL, little)
     if limit is None:
         return None
@@ -379,13 +378,14 @@ def _pair_config(m: int, unit: int, units: int, tiles_per_sm: float, groups: int
     def filled(row_tiles: int, room: int) -> float:
         return _fill(tiles_per_sm / row_tiles, room)
 
+    is_deep = tiles_per_sm > 6  # four blocks of two row tiles an SM have work
     # (row tiles, units a warp, blocks an SM) -> how fast for up to 8 rows, beside how they fill the chip
     if small_groups and tiles_per_sm <= 3:
         speeds = {(1, 2, 4 if zeros is Zeros.NONE else 3): 1.0}
     elif small_groups:
         of_two = units / (8 * math.ceil(units / 8))  # of a step of two units a warp, how much has work
         if zeros is Zeros.NONE:
-            speeds = {(1, 1, 5): 1.0, (1, 2, 4): 0.9 * of_two, (1, 1, 6): 0.85}
+            speeds = {(1, 1, 5): 1.0, (1, 2, 4): 0.9 * of_two, (1, 1, 6): 0.85, (2, 1, 4): 1.0 if is_deep else 0.9}
         else:
             speeds = {(1, 1, 4): 1.15, (2, 1, 3): 1.0, (1, 2, 3): 0.97 * of_two, (1, 1, 5): 0.9}
     elif real_zeros:  # so few warps must not have several waves
@@ -394,10 +394,8 @@ def _pair_config(m: int, unit: int, units: int, tiles_per_sm: float, groups: int
         speeds = {(1, 2, 4): 1.1, (1, 1, 5): 1.0}
         if zeros is Zeros.NONE:
             speeds[1, 1, 6] = 1.0
-    if zeros is Zeros.NONE and tiles_per_sm > 6:
-        speeds[2, 1, 4] = 1.0 if small_groups else 1.17
-    elif zeros is Zeros.NONE and small_groups and tiles_per_sm > 3:
-        speeds[2, 1, 4] = 0.9
+            if is_deep:
+                speeds[2, 1, 4] = 1.17
     row_tiles, warp_units, room = max(speeds, key=lambda b: speeds[b] * filled(b[0], b[2]))
     if not few:
         if warp_units == 2:
