@@ -30,6 +30,8 @@ from tiny_gemm import triton_gemm
 from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts, device_facts
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
+    HOPPER_BLOCKS,
+    IN_GLUON,
     PREFILL_BLOCKS,
     DecodeConfig,
     SplitConfig,
@@ -109,6 +111,12 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, quick: boo
             found.append(SplitConfig(block_n, block_m, splits, warps, stages))
             of_this_size = [b for b in PREFILL_BLOCKS if (b.block_n, b.block_m, b.stages) == (block_n, block_m, stages)]
             found += [replace(b, splits=splits) for b in of_this_size]
+    if IN_GLUON and facts.is_nvidia and facts.capability == (9, 0) and unit_k(k) == 128:
+        for block, splits in itertools.product(HOPPER_BLOCKS, (1, 2, 4, 8)):
+            blocks = math.ceil(n / block.block_n) * math.ceil(m / block.block_m) * splits
+            has_work = (splits - 1) * math.ceil(units / splits) < units
+            if block.block_m < 2 * m and has_work and (splits == 1 or blocks <= facts.sm_count):
+                found.append(replace(block, splits=splits))
     return found
 
 

@@ -105,7 +105,10 @@ def compile_kernel(
     index = {name: i for i, name in enumerate(kernel.arg_names)}
     types = {name: "constexpr" if name in constants else signature[name] for name in kernel.arg_names}
     aligned = [n for n, t in types.items() if (t.startswith("*") or re.fullmatch(r"[iu]\d+", t)) and n not in unaligned]
-    source = ASTSource(
+    make_source = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as make_source
+    source = make_source(
         fn=kernel,
         signature=types,
         constexprs={(index[name],): value for name, value in constants.items()},

@@ -9,12 +9,14 @@ import aot
 import pytest
 from int4_weights import every_kind_of_zeros
 
+from tiny_gemm import int4_config
 from tiny_gemm.device import DeviceFacts
 from tiny_gemm.int4_config import (
     FEW_WARPS,
     HALF,
     TALL,
     DecodeConfig,
+    HopperConfig,
     PrefillConfig,
     SplitConfig,
     Zeros,
@@ -156,18 +158,22 @@ def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, a
 @every_kind_of_zeros
 def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
-    for k in (100, 576, 2048, 4096, 14336):
+    for k in (100, 576, 2048, 4096, 5376, 14336):
         for n in (17, 1536, 4096, 28672, 128256):
             for m, group_size in itertools.product((17, 33, 64, 65, 128, 129, 256, 300, 512, 4096), (32, 64, 128, -1)):
                 c = pick_config(m, n, k, group_size if group_size <= unit_k(k) else 32, zeros, facts)
-                sums = c.block_n * c.block_m / (32 * c.num_warps)  # a thread
-                assert sums <= (128 if isinstance(c, PrefillConfig) and c.max_registers == 255 else 64)
+                multiplying = 2 * c.num_warps if isinstance(c, HopperConfig) else c.num_warps
+                has_all = isinstance(c, HopperConfig) or (isinstance(c, PrefillConfig) and c.max_registers == 255)
+                assert c.block_n * c.block_m / (32 * multiplying) <= (128 if has_all else 64), "sums of a thread"
                 assert c.block_m < 2 * max(m, 32)
                 blocks = -(-n // c.block_n) * -(-m // c.block_m)
                 if c.splits > 1:
-                    assert c.splits * 4 <= -(-k // unit_k(k)) and blocks * c.splits <= 4 * facts.sm_count
-                if isinstance(c, PrefillConfig):
-                    assert facts is H100 and m > 64
+                    units = -(-k // unit_k(k))
+                    assert units >= 4 * c.splits and blocks * c.splits <= 4 * facts.sm_count
+                    assert not isinstance(c, HopperConfig) or (c.splits - 1) * -(-units // c.splits) < units
+                if isinstance(c, (HopperConfig, PrefillConfig)):
+                    assert facts is H100 and m > 32
+                    assert isinstance(c, HopperConfig) == (int4_config.IN_GLUON and k % 128 == 0)
 
 
 @pytest.mark.parametrize(
@@ -189,23 +195,28 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     ],
     ids=str,
 )
-def test_weights_are_scaled_first_where_that_was_faster(m, n, k, group_size, zeros, block, splits):
+def test_weights_are_scaled_first_where_that_was_faster(m, n, k, group_size, zeros, block, splits, monkeypatch):
+    """By the kernel in Triton, where there is none in Gluon."""
+    monkeypatch.setattr(int4_config, "IN_GLUON", False)
+    dequantizes.cache_clear()
     assert pick_config(m, n, k, group_size, zeros, H100) == replace(block, splits=splits)
     assert not dequantizes(m, n, k, group_size, zeros, H100)
     assert type(pick_config(m, n, k, group_size, zeros, SMALL_CHIP)) is SplitConfig
+    dequantizes.cache_clear()
 
 
 @every_kind_of_zeros
 def test_rows_from_which_weights_are_dequantized(zeros):
-    """A weight of few rows: from some number of rows of x on. One of many, which fills the chip: later, on Hopper."""
+    """From some number of rows of x on; on Hopper where that is faster than products with weights that are scaled."""
     for group_size, real, other in ((128, 128, 256), (32, 64, 192)):
         most = real if zeros is Zeros.REAL else other
         for m in (1, 16, 17, most, most + 1, 4096):
-            assert dequantizes(m, 1024, 4096, group_size, zeros, H100) == (m > most)
             assert dequantizes(m, 28672, 4096, group_size, zeros, SMALL_CHIP) == (m > most)
         assert dequantizes(4096, 28672, 4096, group_size, zeros, H100)
     assert not dequantizes(512, 28672, 4096, 128, zeros, H100)
-    assert dequantizes(512, 28672, 4096, 32, zeros, H100) == (zeros is Zeros.REAL)
+    slow = {Zeros.REAL, Zeros.INTEGER} if int4_config.IN_GLUON else {Zeros.REAL}
+    assert dequantizes(512, 28672, 4096, 32, zeros, H100) == (zeros in slow)
+    assert dequantizes(512, 2048, 2048, 128, zeros, H100), "too few blocks for the chip"
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_parts": {"device"},
     "triton_cluster": {"triton_parts"},
     "int4_config": {"quantize_utils", "device"},
-    "triton_gemm": {"quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config"},
+    "int4_unpack": set(),
+    "gluon_gemm": {"int4_unpack", "triton_parts"},
+    "triton_gemm": {
+        *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack"),
+        "gluon_gemm",
+    },
     "triton_fused_transformer": {
         *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "triton_gemm"),
     },
@@ -43,7 +48,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"quantize_utils", "modules"},
     "__main__": {"cli"},
 }
-KERNELS = {"launcher", "triton_parts", "triton_cluster", "int4_config", "triton_gemm", "triton_fused_transformer"}
+KERNELS = {
+    *("launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack", "gluon_gemm", "triton_gemm"),
+    "triton_fused_transformer",
+}
 CORE_DEPENDENCIES = {"jinja2", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer"}
 
 

@@ -440,12 +440,17 @@ def test_declared_costs_listens_to_launches(monkeypatch):
 def test_triton_stores_what_the_kernels_declare():
     """Every kernel of ours declares its cost, and in the way that Triton asks for it."""
     pytest.importorskip("triton")
-    from tiny_gemm import triton_gemm
+    from tiny_gemm import int4_config, triton_gemm
     from tiny_gemm.triton_fused_transformer import attention, decode_attention, ffn, norm
 
-    kernels = [k for m in (triton_gemm, attention, decode_attention, ffn, norm) for k in vars(m).items()]
+    modules = [triton_gemm, attention, decode_attention, ffn, norm]
+    if int4_config.IN_GLUON:
+        from tiny_gemm import gluon_gemm
+
+        modules.append(gluon_gemm)
+    kernels = [k for m in modules for k in vars(m).items()]
     ours = {name: kernel for name, kernel in kernels if name.endswith("_kernel")}
-    assert len(ours) == 9
+    assert len(ours) == (10 if int4_config.IN_GLUON else 9)
     for name, kernel in ours.items():
         declared = getattr(kernel, "launch_metadata", None) or kernel.kwargs["launch_metadata"]
         assert callable(declared), name
@@ -453,18 +458,18 @@ def test_triton_stores_what_the_kernels_declare():
 
 def test_declared_costs_of_the_kernels():
     pytest.importorskip("triton")
-    from tiny_gemm import quantize, triton_gemm
+    from tiny_gemm import quantize, triton_gemm, triton_parts
     from tiny_gemm.triton_fused_transformer import attention, decode_attention, ffn, norm
 
     x, y = torch.zeros(2, 128, dtype=torch.float16), torch.zeros(2, 64, dtype=torch.float16)
     w = quantize(torch.zeros(64, 128), group_size=32)
     args = dict(x_ptr=x, w_ptr=w.packed, s_ptr=w.scales, z_ptr=None, bias_ptr=None, y_ptr=y, M=2, N=64, K=128)
-    assert triton_gemm._int4_gemm_cost((1, 4), None, args) == {
+    assert triton_parts.int4_gemm_cost((1, 4), None, args) == {
         "bytes": 2 * 128 * 2 + 64 * 64 + 64 * 4 * w.scales.element_size() + 2 * 64 * 2,
         "flops16": 2 * 2 * 64 * 128,
     }
     gated = args | dict(gate_ptr=w.packed, gate_s_ptr=w.scales, gate_z_ptr=None)
-    assert triton_gemm._int4_gemm_cost((1, 4), None, gated) == {
+    assert triton_parts.int4_gemm_cost((1, 4), None, gated) == {
         "bytes": 2 * 128 * 2 + 2 * (64 * 64 + 64 * 4 * w.scales.element_size()) + 2 * 64 * 2,
         "flops16": 2 * 2 * 2 * 64 * 128,
     }

@@ -19,7 +19,8 @@ from benchmarks.sweep_fused_attention import lengths_of
 from benchmarks.sweep_int4_gemm import best_of, candidates
 from benchmarks.sweeps import SweepCase, best_over_batches, heads_of, run_cases, summary
 from benchmarks.timing import Machine
-from tiny_gemm.int4_config import PREFILL_BLOCKS, DecodeConfig, PrefillConfig, SplitConfig
+from tiny_gemm import int4_config
+from tiny_gemm.int4_config import PREFILL_BLOCKS, DecodeConfig, HopperConfig, PrefillConfig, SplitConfig
 from tiny_gemm.quantize_utils import unit_k
 from tiny_gemm.triton_fused_transformer import attention, decode_attention
 from tiny_gemm.triton_fused_transformer.attention import AttentionConfig
@@ -55,7 +56,10 @@ def test_candidates_for_many_rows(k, n, m, quick):
     assert all(c.splits == 1 or 2 * c.splits <= k // 64 for c in found)
     assert all(c.block_m < 2 * max(m, 32) for c in found)
     found = candidates(k, n, 32, m, aot.device_facts("sm_90"), quick=quick)
-    assert {type(c) for c in found} == ({SplitConfig, PrefillConfig} if m == 200 else {SplitConfig})
+    kinds = {SplitConfig} if m < 200 else {SplitConfig, PrefillConfig}
+    if int4_config.IN_GLUON and m > 32 and k == 4096:
+        kinds.add(HopperConfig)
+    assert {type(c) for c in found} == kinds
     assert {replace(c, splits=1) for c in found if type(c) is PrefillConfig} == set(PREFILL_BLOCKS if m == 200 else ())
 
 

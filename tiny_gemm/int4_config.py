@@ -68,6 +68,14 @@ class PrefillConfig(SplitConfig):
     max_registers: int
 
 
+@dataclass(frozen=True)
+class HopperConfig(SplitConfig):
+    """The same of the kernel in Gluon: block_n is 128 or 256, num_warps are those of one of its three parts."""
+
+
+IN_GLUON = triton.__version__.startswith("3.6.")  # for which gluon_gemm.py was written
+
+
 def pick_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts
 ) -> DecodeConfig | SplitConfig:
@@ -86,7 +94,7 @@ def pick_config(
         if block_m >= 8 and facts.capability == (9, 0):  # by wgmma from 16 rows on, with the same bits: tested there
             block_n = 128
         return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
-    return _many_rows_config(m, n, triton.cdiv(k, unit), groups_a_unit(group_size, k), zeros, facts)
+    return _many_rows_config(m, n, k, groups_a_unit(group_size, k), zeros, facts)
 
 
 def groups_a_unit(group_size: int, k: int) -> int:
@@ -94,7 +102,7 @@ def groups_a_unit(group_size: int, k: int) -> int:
     return 1 if group_size == -1 else unit_k(k) // group_size
 
 
-def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> SplitConfig:
+def _many_rows_config(m: int, n: int, k: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> SplitConfig:
     """For more than DECODE_ROWS rows. Swept on an H200, 2026-11-29 and 30: see docs/notes/int4-gemm.md; the --rows of
     benchmarks/sweep_int4_gemm.py do it again.
 
@@ -102,9 +110,10 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
     sums of 64 rows with zeros do not fit sm_100's tensor memory, nor do those of 128; those of 128 rows in small groups
     do not fit registers.
     """
-    scaled = _prefill_config(m, n, units, groups, zeros, facts)
+    scaled = _scaled_config(m, n, k, groups, zeros, facts)
     if scaled is not None:
         return scaled
+    units = triton.cdiv(k, unit_k(k))
     sms, in_registers = facts.sm_count, facts.capability[0] != 10
     rows = 32 if m <= 32 or (zeros is Zeros.REAL and not in_registers) else 64
     stages = 3 if facts.is_nvidia else 2  # AMD's shared memory holds no more
@@ -122,19 +131,72 @@ def _many_rows_config(m: int, n: int, units: int, groups: int, zeros: Zeros, fac
     return narrow if fits and (filled < 0.75 or _filled(narrow, m, n, 3 * sms) > filled) else wide
 
 
-# Blocks of the kernel that scales weights first. Two fit an SM, by their registers and their shared memory.
+def _scaled_config(
+    m: int, n: int, k: int, groups: int, zeros: Zeros, facts: DeviceFacts
+) -> HopperConfig | PrefillConfig | None:
+    """A block that scales weights before the product, where it is faster than what else there is: on Hopper."""
+    if not facts.is_nvidia or facts.capability != (9, 0):
+        return None
+    if IN_GLUON and unit_k(k) == 128:
+        return _hopper_config(m, n, k // 128, groups, zeros, facts.sm_count)
+    return _prefill_config(m, n, triton.cdiv(k, unit_k(k)), groups, zeros, facts.sm_count)
+
+
+# Blocks of the kernel in Gluon, one an SM, and the us that one takes for a unit of K: of one group, of several.
+# Measured on an H200, 2026-12-01: see docs/notes/int4-gemm.md.
+HOPPER_BLOCKS = {
+    HopperConfig(256, 128, 1, 4, 4): {Zeros.NONE: (1.47, 1.69), Zeros.INTEGER: (1.64, 2.1), Zeros.REAL: (1.79, 2.28)},
+    HopperConfig(128, 128, 1, 4, 4): {Zeros.NONE: (0.78, 0.95), Zeros.INTEGER: (0.87, 1.08), Zeros.REAL: (0.94, 1.13)},
+    HopperConfig(256, 64, 1, 4, 5): {Zeros.NONE: (1.07, 1.29), Zeros.INTEGER: (1.17, 1.65), Zeros.REAL: (1.24, 1.72)},
+    HopperConfig(128, 64, 1, 4, 6): {Zeros.NONE: (0.62, 0.76), Zeros.INTEGER: (0.69, 0.98), Zeros.REAL: (0.76, 1.0)},
+}
+
+
+def _hopper_config(m: int, n: int, units: int, groups: int, zeros: Zeros, sms: int) -> HopperConfig | None:
+    """The block of HOPPER_BLOCKS, and the splits, that take the least time; None where dequantizing W takes less, or
+    for so few rows that other kernels do. (It is asked for each new m: no triton.cdiv, which takes microseconds.)"""
+    if m <= (32 if groups == 1 and zeros is Zeros.NONE else 64):
+        return None
+    best, best_us = None, math.inf
+    for block, unit_us in HOPPER_BLOCKS.items():
+        if block.block_m >= 2 * m:
+            continue
+        tiles = -(-m // block.block_m) * -(-n // block.block_n)
+        for splits in (1, 2, 4, 8):
+            a_split = -(-units // splits)
+            if splits > 1 and (a_split < 4 or splits * tiles > sms):
+                break
+            if (splits - 1) * a_split >= units:  # the last would have none
+                continue
+            us = a_split * unit_us[zeros][groups > 1] + 2.5  # to begin and to end
+            if splits > 1:  # to write sums, and for the last block to read those of all
+                us += 1.0 + block.block_n * block.block_m / 2**15 * (4 + splits)
+            us = us * -(-tiles * splits // sms) + 1.0
+            if us < best_us:
+                best, best_us = (block, splits), us
+    if m > _most_rows(groups, zeros) and best_us > _dequantized_us(m, n, units * 128):
+        return None
+    return dataclasses.replace(best[0], splits=best[1])
+
+
+def _dequantized_us(m: int, n: int, k: int) -> float:
+    """What it takes to write W [n, k] in 16 bits and to multiply that."""
+    return n * k / 1e9 * max(1130 + 1.75 * m, 750 + 2.5 * m) + 3.0
+
+
+# Blocks of the kernel that scales weights first, in Triton. Two fit an SM, by their registers and their shared memory.
 TALL = PrefillConfig(128, 128, 1, 8, 3, max_registers=128)
 FEW_WARPS = PrefillConfig(128, 128, 1, 4, 3, max_registers=255)  # each has more products under way
 HALF = PrefillConfig(64, 128, 1, 4, 3, max_registers=255)
 PREFILL_BLOCKS = TALL, FEW_WARPS, HALF
 
 
-def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, facts: DeviceFacts) -> PrefillConfig | None:
+def _prefill_config(m: int, n: int, units: int, groups: int, zeros: Zeros, sms: int) -> PrefillConfig | None:
     """One of PREFILL_BLOCKS where it is faster than what else there is. Measured on an H200, 2026-11-30: the numbers
     below are of the tables in docs/notes/int4-gemm.md."""
-    if m <= 64 or not facts.is_nvidia or facts.capability != (9, 0):
+    if m <= 64:
         return None
-    sms, small_groups, real_zeros = facts.sm_count, groups > 1, zeros is Zeros.REAL
+    small_groups, real_zeros = groups > 1, zeros is Zeros.REAL
     sums_cost_little = not small_groups and not real_zeros
 
     def filled(config: PrefillConfig) -> float:  # an SM that has one block left is half as fast
@@ -174,7 +236,7 @@ def dequantizes(m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: De
     groups = groups_a_unit(group_size, k)
     if m <= _most_rows(groups, zeros):
         return False
-    return _prefill_config(m, n, triton.cdiv(k, unit_k(k)), groups, zeros, facts) is None
+    return _scaled_config(m, n, k, groups, zeros, facts) is None
 
 
 def _blocks(config: SplitConfig, m: int, n: int) -> int:

@@ -196,7 +196,7 @@ def launches_clusters() -> bool:
 def _constexpr_arguments(kernel) -> tuple[None, ...] | None:
     """What a C launcher is given for the constexprs, which it skips; None where the kernel is not compiled just in time
     or has other parameters behind them."""
-    if type(kernel) is not JITFunction:
+    if not isinstance(kernel, JITFunction):  # also of Gluon
         return None
     total, count = len(kernel.params), len(kernel.constexprs)
     return (None,) * count if kernel.constexprs == list(range(total - count, total)) else None

@@ -5,13 +5,14 @@
 or, where zeros are integers, sum over g of scale[n, g] * sum_k x[m, k] * (q[n, k] - zero[n, g]).
 
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
-batch of 8 costs what a batch of 1 costs. There are three kernels:
+batch of 8 costs what a batch of 1 costs. There are four kernels:
 
 - `_int4_decode_kernel`, up to DECODE_ROWS rows: the warps of a block split K. Weights stream through a ring of stages
   in shared memory, each thread reading back what it fetched itself. What is fetched first does not depend on x, so it
   is on its way, or there, before the kernel waits for the one that computes x.
 - `_int4_gemm_kernel`, more rows: the warps of a block own different rows of W and share x through shared memory.
 - `_int4_prefill_kernel`, still more, on Hopper: likewise, with weights that are scaled before the product.
+- `int4_hopper_kernel` (gluon_gemm.py) does the same sums, faster, where 128 divides K and Triton is 3.6.
 
 Where one block a row tile is too few, K is split over SPLITS blocks, and the last of them to finish adds their partial
 sums; on Hopper they are a cluster where each has one step, and add up in shared memory. Where `dequantizes` says so W
@@ -36,6 +37,7 @@ from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, s
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
     DecodeConfig,
+    HopperConfig,
     PrefillConfig,
     SplitConfig,
     Zeros,
@@ -44,6 +46,7 @@ from tiny_gemm.int4_config import (
     pick_decode_config,
     read_table,
 )
+from tiny_gemm.int4_unpack import UNPACKED, are_integers, scaled_plane, unpack_plane
 from tiny_gemm.launcher import FixedLaunch, Launcher, launches_clusters
 from tiny_gemm.quantize_utils import TILE_N, unit_k
 from tiny_gemm.triton_cluster import (
@@ -54,113 +57,19 @@ from tiny_gemm.triton_cluster import (
     cluster_words,
     join_cluster,
 )
-from tiny_gemm.triton_parts import activate, add_warps, arrive, pdl_options, shared_buffer, wait_for_previous
+from tiny_gemm.triton_parts import (
+    activate,
+    add_warps,
+    arrive,
+    int4_gemm_cost,
+    pdl_options,
+    shared_buffer,
+    wait_for_previous,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Helpers
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-UNPACKED = tl.constexpr(4.0)  # what a sum over unpacked weights is to be multiplied by: see _unpack_plane
-
-
-Recipe = tuple[str, str, str, str]  # mask, bits to or to what it leaves, factor, summand
-
-
-def _unpack_asm(fma: str, even: Recipe, odd: Recipe, summands: tuple[str, str] = ("", "")) -> tl.constexpr:
-    """For each plane, PTX that turns two int16 into two 16-bit floats: of bits 0 to 3 of a byte in even planes, and of
-    bits 4 to 7 in odd ones. summands: PTX that makes of `b`, of even and of odd planes, what is added."""
-    return tl.constexpr(
-        tuple(
-            f"{{ .reg .b32 t, a, b, c, d; shr.u32 t, $1, {8 * (plane // 2)}; lop3.b32 t, t, {mask}, {bits}, 0xEA; "
-            f"mov.b32 a, {factor}; mov.b32 b, {summand}; {summands[plane % 2]} {fma} $0, t, a, b; }}"
-            for plane, (mask, bits, factor, summand) in enumerate(2 * (even, odd))
-        )
-    )
-
-
-_BF16 = (
-    "fma.rn.bf16x2",
-    ("0x000F000F", "0x43004300", "0x3E803E80", "0xC208C208"),  # (128 + q) / 4 - 34
-    ("0x00F000F0", "0", "0x7F007F00", "0xC000C000"),  # 16 q * 2^-133, a subnormal number or a small one, * 2^127 - 2
-)
-_FP16 = (
-    "fma.rn.f16x2",
-    ("0x000F000F", "0x64006400", "0x34003400", "0xDC08DC08"),  # (1024 + q) / 4 - 258
-    ("0x00F000F0", "0x64006400", "0x24002400", "0xCC80CC80"),  # (1024 + 16 q) / 64 - 18
-)
-_UNPACK_BF16, _UNPACK_FP16 = _unpack_asm(*_BF16), _unpack_asm(*_FP16)
-# With integer zeros, $2: their bits, added to those of -32 or -256, make -(32 + z / 4) or -(256 + z / 4).
-_UNPACK_BF16_Z = _unpack_asm(
-    *_BF16,
-    (
-        "add.u32 b, $2, 0xC200C200;",
-        "add.u32 b, $2, 0xC200C200; mov.b32 c, 0x3F803F80; mov.b32 d, 0x42004200; fma.rn.bf16x2 b, b, c, d;",  # + 32
-    ),
-)
-_UNPACK_FP16_Z = _unpack_asm(
-    *_FP16,
-    (
-        "add.u32 b, $2, 0xDC00DC00;",
-        "add.u32 b, $2, 0xDC00DC00; mov.b32 c, 0x3C003C00; mov.b32 d, 0x5B805B80; fma.rn.f16x2 b, b, c, d;",  # + 240
-    ),
-)
-
-
-def _affine_asm(convert: str) -> tl.constexpr:
-    """For each plane, PTX that turns two int16 into (128 + nibble) * scale + summand, $2, $3 and $4, $5 in fp32. A word
-    of 0x43, a nibble alone in its byte, and zeros is 128 + nibble in fp32."""
-    return tl.constexpr(
-        tuple(
-            f"{{ .reg .b32 t, l, h; .reg .f32 x, y; shr.u32 t, $1, {4 * (plane % 2)}; and.b32 t, t, 0x0F0F0F0F; "
-            f"prmt.b32 l, t, 0x43000000, 0x7{plane // 2}44; prmt.b32 h, t, 0x43000000, 0x7{2 + plane // 2}44; "
-            f"mov.b32 x, l; mov.b32 y, h; fma.rn.f32 x, x, $2, $4; fma.rn.f32 y, y, $3, $5; {convert} $0, y, x; }}"
-            for plane in range(4)
-        )
-    )
-
-
-_AFFINE_BF16, _AFFINE_FP16 = _affine_asm("cvt.rn.bf16x2.f32"), _affine_asm("cvt.rn.f16x2.f32")
-# $1 * $2, and $1 * ($2 + $3) rounded once; 0x80008000: -0, twice.
-_TIMES_BF16, _TIMES_FP16 = (
-    tl.constexpr(f"{{ .reg .b32 z; mov.b32 z, 0x80008000; {fma} $0, $1, $2, z; }}") for fma, *_ in (_BF16, _FP16)
-)
-_TIMES_2_BF16, _TIMES_2_FP16 = (
-    tl.constexpr(f"{{ .reg .b32 t, z; mov.b32 z, 0x80008000; {fma} t, $1, $3, z; {fma} $0, $1, $2, t; }}")
-    for fma, *_ in (_BF16, _FP16)
-)
-
-
-@triton.jit
-def _unpack_plane(packed, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """Nibble PLANE (0 to 3) of every int16, minus 8 and over UNPACKED, as bf16 or fp16: exact. zero: None, or an int16
-    for each of `packed`, 0 to LARGEST_ZERO, to subtract in place of 8.
-
-    On NVIDIA two at a time, 1.1 instructions a weight: a mask leaves the nibbles where they are, in the mantissa's low
-    bits of a float, and an fma does the rest; only the upper two planes are shifted, together. The bits 4 to 7 of a
-    bf16 reach into its exponent; with all other bits zero they still are a number that is proportional to them. A
-    conversion from int is more than the whole budget at full memory speed.
-    """
-    if zero is not None and USE_ASM and DTYPE == tl.bfloat16:
-        asm: tl.constexpr = _UNPACK_BF16_Z[PLANE]
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [packed, zero], tl.bfloat16, is_pure=True, pack=2)
-    elif zero is not None and USE_ASM:
-        asm: tl.constexpr = _UNPACK_FP16_Z[PLANE]
-        return tl.inline_asm_elementwise(asm, "=r,r,r", [packed, zero], tl.float16, is_pure=True, pack=2)
-    elif zero is not None:
-        return ((((packed >> (4 * PLANE)) & 15) - zero).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
-    elif USE_ASM and DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise(_UNPACK_BF16[PLANE], "=r,r", [packed], tl.bfloat16, is_pure=True, pack=2)
-    elif USE_ASM:
-        return tl.inline_asm_elementwise(_UNPACK_FP16[PLANE], "=r,r", [packed], tl.float16, is_pure=True, pack=2)
-    else:
-        return ((((packed >> (4 * PLANE)) & 15) - 8).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
-
-
-@triton.constexpr_function
-def _are_integers(z_ptr, group_size: int) -> bool:
-    """Whether there are zeros to subtract from the weights as integers, as kind_of_zeros says; per channel none are."""
-    return group_size != -1 and z_ptr is not None and z_ptr.dtype.element_ty == tl.int16
 
 
 @triton.jit
@@ -468,7 +377,7 @@ def _multiply_units(
     BLOCK_M: tl.constexpr = 8 * X_TILES
     GROUP: tl.constexpr = UNIT if GROUP_SIZE == -1 else GROUP_SIZE
     DTYPE: tl.constexpr = planes[0].dtype
-    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
+    INTEGER_ZEROS: tl.constexpr = are_integers(z_ptr, GROUP_SIZE)
     OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
     packed = _weights_operand(packed, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     ones = tl.full([BATCH, 16, COLS], 1.0, DTYPE)
@@ -485,7 +394,7 @@ def _multiply_units(
             ).reshape(2 * ROW_TILES * WARP_UNITS * WARPS * 32, 1)  # fmt: skip
             zero = zero.broadcast_to(2 * ROW_TILES * WARP_UNITS * WARPS * 32, UNIT // 16)
             subtracted = _weights_operand(zero, ROW_TILES, WARP_UNITS, WARPS, UNIT)
-        partial = tl.dot(_unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
+        partial = tl.dot(unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
         if OTHER_ZEROS:
             x_sum = tl.dot(ones, x, x_sum)  # the sum over k, in the layout of a tile of partial
         if (plane + 1) * COLS % GROUP == 0:  # a group ends here
@@ -652,7 +561,7 @@ def int4_tile(
                 k = unit * UNIT + plane * COLS  # [SLICES]
                 mask_x = (offs_m < M)[None, None, :] & (k[:, None, None] + offs_c[None, :, None] < K)
                 x = tl.load(x_ptrs + k[:, None, None], mask=mask_x, other=0.0)  # [SLICES, COLS, BLOCK_M]
-                partial = tl.dot(_unpack_plane(packed, None, plane, DTYPE, USE_ASM), x, partial)
+                partial = tl.dot(unpack_plane(packed, None, plane, DTYPE, USE_ASM), x, partial)
                 if HAS_ZEROS:
                     x_sum = tl.dot(ones, x, x_sum)  # the sum over k, broadcast to every row, in the layout of partial
                 if GROUP_SIZE != -1:
@@ -688,15 +597,7 @@ def int4_tile(
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _int4_gemm_cost(grid, kernel, args) -> dict:
-    """Bytes that one launch reads and writes, each once, and its flops, for a launch hook (see profiling)."""
-    scratch = ("partial_ptr", "counter_ptr")
-    tensors = (t for name, t in args.items() if name.endswith("_ptr") and name not in scratch)
-    products = 1 if args.get("gate_ptr") is None else 2
-    return {"bytes": tensor_bytes(*tensors), "flops16": 2 * products * args["M"] * args["N"] * args["K"]}
-
-
-@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
+@triton.jit(launch_metadata=int4_gemm_cost, do_not_specialize=["M"])
 def _int4_decode_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -881,7 +782,7 @@ def store_split(
             tl.store(counter_ptr + out_tile, 0)
 
 
-@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
+@triton.jit(launch_metadata=int4_gemm_cost, do_not_specialize=["M"])
 def _int4_gemm_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -908,7 +809,7 @@ def _int4_gemm_kernel(
     W are neighbours: in prefill W comes from L2."""
     COLS: tl.constexpr = UNIT // 4
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
-    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
+    INTEGER_ZEROS: tl.constexpr = are_integers(z_ptr, GROUP_SIZE)
     OTHER_ZEROS: tl.constexpr = z_ptr is not None and not INTEGER_ZEROS
     GROUPS: tl.constexpr = UNIT // GROUP_SIZE  # a unit; unused per channel
     units = tl.cdiv(K, UNIT)
@@ -953,7 +854,7 @@ def _int4_gemm_kernel(
                     else:
                         zero = next_zero
                 subtracted = zero[:, None].broadcast_to(BLOCK_N, COLS)
-            partial = tl.dot(_unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
+            partial = tl.dot(unpack_plane(packed, subtracted, plane, DTYPE, USE_ASM), x, partial)
             if OTHER_ZEROS:
                 x_sum = tl.dot(ones, x, x_sum)
             if GROUP_SIZE != -1:
@@ -1019,7 +920,7 @@ def _load_of_rows(ptr, s_rows, group, GROUP_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _scaled_plane(
+def _plane_of_rows(
     packed,  # [BLOCK_N, COLS] int16
     s_ptr,
     z_ptr,
@@ -1031,68 +932,19 @@ def _scaled_plane(
     DTYPE: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):
-    """The weights of plane PLANE themselves, [BLOCK_N, UNIT / 4] of DTYPE, rounded once; per channel without zeros they
-    are not scaled, and over UNPACKED. A scale of another dtype than x is two numbers, high + low; with zeros that are
-    not subtracted as integers it is fp32, as the zeros are. In fp16 four times a scale must be finite."""
+    """scaled_plane, with its scales and zeros from memory."""
     COLS: tl.constexpr = UNIT // 4
-    INTEGER_ZEROS: tl.constexpr = _are_integers(z_ptr, GROUP_SIZE)
+    INTEGER_ZEROS: tl.constexpr = are_integers(z_ptr, GROUP_SIZE)
     group = 0 if GROUP_SIZE == -1 else unit * (UNIT // GROUP_SIZE) + PLANE * COLS // GROUP_SIZE
-    zero = None
-    if INTEGER_ZEROS:
-        zero = _load_of_rows(z_ptr, s_rows, group, GROUP_SIZE)[:, None].broadcast_to(packed.shape)
-    elif z_ptr is not None:
-        scale = _load_of_rows(s_ptr, s_rows, group, GROUP_SIZE).to(tl.float32)
-        summand = -(_load_of_rows(z_ptr, s_rows, group, GROUP_SIZE).to(tl.float32) + 128.0) * scale
-        return _unpack_affine(
-            packed, scale[:, None].broadcast_to(packed.shape), summand[:, None].broadcast_to(packed.shape),
-            PLANE, DTYPE, USE_ASM,
-        )  # fmt: skip
-    w = _unpack_plane(packed, zero, PLANE, DTYPE, USE_ASM)
-    if GROUP_SIZE == -1:
-        return w
-    scale = _load_of_rows(s_ptr, s_rows, group, GROUP_SIZE).to(tl.float32) * UNPACKED
-    high = scale.to(DTYPE)
-    if s_ptr.dtype.element_ty == DTYPE:
-        return _times(w, high[:, None].broadcast_to(w.shape), None, USE_ASM)
-    else:
-        low = (scale - high.to(tl.float32)).to(DTYPE)
-        return _times(w, high[:, None].broadcast_to(w.shape), low[:, None].broadcast_to(w.shape), USE_ASM)
+    scale, zero = None, None
+    if z_ptr is not None:
+        zero = _load_of_rows(z_ptr, s_rows, group, GROUP_SIZE)
+    if GROUP_SIZE != -1 or z_ptr is not None:
+        scale = _load_of_rows(s_ptr, s_rows, group, GROUP_SIZE)
+    return scaled_plane(packed, scale, zero, PLANE, INTEGER_ZEROS, DTYPE, USE_ASM)
 
 
-@triton.jit
-def _unpack_affine(packed, scale, summand, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM: tl.constexpr):
-    """(128 + nibble PLANE) * scale + summand of every int16, in fp32 and then rounded to DTYPE."""
-    if USE_ASM and DTYPE == tl.bfloat16:
-        asm: tl.constexpr = _AFFINE_BF16[PLANE]
-        return tl.inline_asm_elementwise(
-            asm, "=r,r,r,r,r,r", [packed, scale, summand], tl.bfloat16, is_pure=True, pack=2
-        )
-    elif USE_ASM:
-        asm: tl.constexpr = _AFFINE_FP16[PLANE]
-        return tl.inline_asm_elementwise(
-            asm, "=r,r,r,r,r,r", [packed, scale, summand], tl.float16, is_pure=True, pack=2
-        )
-    else:
-        return ((((packed >> (4 * PLANE)) & 15).to(tl.float32) + 128.0) * scale + summand).to(DTYPE)
-
-
-@triton.jit
-def _times(w, high, low, USE_ASM: tl.constexpr):
-    """w * (high + low) in 16-bit floats; low None: 0. Triton multiplies bf16 one at a time."""
-    if not USE_ASM:
-        factor = high.to(tl.float32) if low is None else high.to(tl.float32) + low.to(tl.float32)
-        return (w.to(tl.float32) * factor).to(w.dtype)
-    elif low is None and w.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(_TIMES_BF16, "=r,r,r", [w, high], tl.bfloat16, is_pure=True, pack=2)
-    elif low is None:
-        return tl.inline_asm_elementwise(_TIMES_FP16, "=r,r,r", [w, high], tl.float16, is_pure=True, pack=2)
-    elif w.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise(_TIMES_2_BF16, "=r,r,r,r", [w, high, low], tl.bfloat16, is_pure=True, pack=2)
-    else:
-        return tl.inline_asm_elementwise(_TIMES_2_FP16, "=r,r,r,r", [w, high, low], tl.float16, is_pure=True, pack=2)
-
-
-@triton.jit(launch_metadata=_int4_gemm_cost, do_not_specialize=["M"])
+@triton.jit(launch_metadata=int4_gemm_cost, do_not_specialize=["M"])
 def _int4_prefill_kernel(
     x_ptr,  # [M, K]
     w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16
@@ -1150,8 +1002,8 @@ def _int4_prefill_kernel(
     for unit in tl.range(split * per_split, tl.minimum(split * per_split + per_split, units), num_stages=STAGES):
         packed = tl.load(w_ptrs + unit * (16 * COLS))  # [BLOCK_N, COLS] int16
         for half in tl.static_range(2):
-            even = _scaled_plane(packed, s_ptr, z_ptr, s_rows, unit, 2 * half, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
-            odd = _scaled_plane(packed, s_ptr, z_ptr, s_rows, unit, 2 * half + 1, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
+            even = _plane_of_rows(packed, s_ptr, z_ptr, s_rows, unit, 2 * half, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
+            odd = _plane_of_rows(packed, s_ptr, z_ptr, s_rows, unit, 2 * half + 1, UNIT, GROUP_SIZE, DTYPE, USE_ASM)
             w = tl.join(even, odd).permute(0, 2, 1).reshape(BLOCK_N, 2 * COLS)  # within a thread's registers
             k = unit * UNIT + half * (2 * COLS)
             if WHOLE_UNITS:
@@ -1203,7 +1055,7 @@ def _dequantize_kernel(
         else:
             group = tl.minimum((unit * UNIT + plane * COLS) // GROUP_SIZE, 2 * pairs - 1)
             s_offs = (row_tile * pairs + group // 2) * 32 + row * 2 + group % 2
-        w = _unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
+        w = unpack_plane(packed, None, plane, y_ptr.dtype.element_ty, USE_ASM).to(tl.float32) * UNPACKED
         if z_ptr is not None:
             w = w + 8.0 - tl.load(z_ptr + s_offs).to(tl.float32)
         w *= tl.load(s_ptr + s_offs).to(tl.float32)
@@ -1280,13 +1132,18 @@ def plan(
         launcher = _decode_launcher(config, block_m // 8, one_step, whole_steps, unit, group_size, activation, facts)
     else:
         block_m, block_n = config.block_m, config.block_n
-        if isinstance(config, PrefillConfig):
+        if isinstance(config, HopperConfig):
+            if unit != 128:
+                raise ValueError(f"int4_gemm: K={k} must be a multiple of 128 for {config}")
+            launcher = _hopper_launcher(config, group_size, facts)
+        elif isinstance(config, PrefillConfig):
             launcher = _prefill_launcher(config, k % unit == 0, unit, group_size, facts)
         else:
             launcher = _split_launcher(config, unit, group_size, facts)
     blocks_m, blocks_n = triton.cdiv(m, block_m), triton.cdiv(n, block_n)
     tiles = blocks_m * blocks_n if splits > 1 else 0  # whose partial sums meet in memory
-    launch = Launch(launcher, (blocks_m * splits, blocks_n, 1), tiles * splits * block_n * block_m, tiles)
+    arrivals = 2 * tiles if isinstance(config, HopperConfig) else tiles  # there each half of a block counts its own
+    launch = Launch(launcher, (blocks_m * splits, blocks_n, 1), tiles * splits * block_n * block_m, arrivals)
     if launch.grid[1] > MAX_BLOCKS:
         raise ValueError(f"int4_gemm: N={n} must be at most {MAX_BLOCKS * block_n}: a launch has no more blocks")
     return launch
@@ -1355,6 +1212,17 @@ def _prefill_launcher(
     )  # fmt: skip
 
 
+@cache
+def _hopper_launcher(config: HopperConfig, group_size: int, facts: DeviceFacts) -> Launcher:
+    from tiny_gemm import gluon_gemm  # only where Triton is one that it was written for
+
+    return Launcher(
+        gluon_gemm.int4_hopper_kernel, BLOCK_N=config.block_n, BLOCK_M=config.block_m, SPLITS=config.splits,
+        GROUP_SIZE=group_size, STAGES=config.stages, num_warps=gluon_gemm.WARPS.value, maxnreg=gluon_gemm.REGISTERS,
+        **pdl_options(facts),
+    )  # fmt: skip
+
+
 def check_aligned(packed: Tensor, scales: Tensor, zeros: Tensor | None, name: str = "") -> None:
     """ValueError unless the parts of a packed weight lie as the kernels load them, 16 bytes at a time."""
     if (packed.data_ptr() | scales.data_ptr() | (0 if zeros is None else zeros.data_ptr())) % 16 == 0:
@@ -1373,9 +1241,10 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """x, or a copy of which the rows begin at multiples of 16 bytes: others are not fetched ahead."""
-    is_aligned = x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0
-    return x if is_aligned or x.shape[1] % 8 else x.clone(memory_format=torch.contiguous_format)
+    """x, or a copy whose rows begin at multiples of 32 bytes, which Triton knows of (others are not fetched ahead), and
+    so near to each other that 32 bits count the elements between any of a block."""
+    is_aligned = x.stride(0) % 16 == 0 and x.data_ptr() % 16 == 0 and x.stride(0) <= 2**24
+    return x if is_aligned or x.shape[1] % 16 else x.clone(memory_format=torch.contiguous_format)
 
 
 def int4_gemm(
@@ -1396,11 +1265,13 @@ def int4_gemm(
     check_aligned(packed, scales, zeros)
     zero_dtype = None if zeros is None else zeros.dtype
     device = x.device
-    if m > DECODE_ROWS and config is None:
+    if config is None and m > DECODE_ROWS:
         kind = kind_of_zeros(zero_dtype, group_size)
         if dequantizes(m, out_features, k, group_size, kind, device_facts(device)):
             set_up_counters(device, "int4_gemm")
             return F.linear(x, dequantize_weight(packed, scales, zeros, group_size, out_features, k, x.dtype), bias)
+        x = _aligned(x)
+    elif isinstance(config, HopperConfig):
         x = _aligned(x)
     y = x.new_empty(m, out_features)
     if m == 0:

@@ -5,7 +5,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from tiny_gemm.device import DeviceFacts
+from tiny_gemm.device import DeviceFacts, tensor_bytes
+
+
+def int4_gemm_cost(grid, kernel, args) -> dict:
+    """Bytes that one launch reads and writes, each once, and its flops, for a launch hook (see profiling)."""
+    scratch = ("partial_ptr", "counter_ptr")
+    tensors = (t for name, t in args.items() if name.endswith("_ptr") and name not in scratch)
+    products = 1 if args.get("gate_ptr") is None else 2
+    return {"bytes": tensor_bytes(*tensors), "flops16": 2 * products * args["M"] * args["N"] * args["K"]}
 
 
 def pdl_options(facts: DeviceFacts) -> dict:
