@@ -70,7 +70,7 @@ class PrefillConfig(SplitConfig):
 
 @dataclass(frozen=True)
 class HopperConfig(SplitConfig):
-    """The same of the kernel in Gluon: block_n is 128 or 256, num_warps are those of one of its three parts."""
+    """The same of the kernel in Gluon: block_n is 128 or 256, num_warps 4, those of one of its three parts."""
 
 
 IN_GLUON = triton.__version__.startswith("3.6.")  # for which gluon_gemm.py was written
