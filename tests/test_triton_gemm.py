@@ -650,9 +650,12 @@ def test_a_table_comes_before_pick_config_on_its_own_gpu(tmp_path, no_table):
 def test_x_of_many_rows_is_copied_unless_its_rows_are_aligned():
     whole = torch.randn(3, 48).half()
     assert triton_gemm._aligned(whole) is whole and triton_gemm._aligned(whole[:, :36]).stride() == (48, 1)
-    for x in (torch.randn(3, 44).half()[:, :40], torch.randn(121).half()[1:].view(3, 40)):
+    far = torch.empty(2**24 + 64, dtype=torch.float16).as_strided((2, 32), (2**24 + 16, 1)).fill_(1.0)
+    for x in (torch.randn(3, 52).half()[:, :48], torch.randn(145).half()[1:].view(3, 48), far):
         copy = triton_gemm._aligned(x)
-        assert torch.equal(copy, x) and copy.stride(0) % 8 == 0 and copy.data_ptr() % 16 == 0
+        assert torch.equal(copy, x) and copy.stride() == (x.shape[1], 1) and copy.data_ptr() % 16 == 0
+    for x in (torch.randn(3, 44).half()[:, :40], torch.randn(3, 50).half()[:, :36]):
+        assert triton_gemm._aligned(x) is x, "a copy's rows would not lie better"
 
 
 @pytest.mark.interp
