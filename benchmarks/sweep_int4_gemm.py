@@ -31,7 +31,6 @@ from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts, device_facts
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
     HOPPER_BLOCKS,
-    IN_GLUON,
     PREFILL_BLOCKS,
     DecodeConfig,
     SplitConfig,
@@ -39,6 +38,7 @@ from tiny_gemm.int4_config import (
     groups_a_unit,
     registers_for,
     registers_needed,
+    runs_in_gluon,
     stage_bytes,
 )
 from tiny_gemm.launcher import launches_clusters
@@ -111,7 +111,7 @@ def _many_rows_candidates(k: int, n: int, m: int, facts: DeviceFacts, quick: boo
             found.append(SplitConfig(block_n, block_m, splits, warps, stages))
             of_this_size = [b for b in PREFILL_BLOCKS if (b.block_n, b.block_m, b.stages) == (block_n, block_m, stages)]
             found += [replace(b, splits=splits) for b in of_this_size]
-    if IN_GLUON and facts.is_nvidia and facts.capability == (9, 0) and unit_k(k) == 128:
+    if runs_in_gluon(k, facts):
         for block, splits in itertools.product(HOPPER_BLOCKS, (1, 2, 4, 8)):
             blocks = math.ceil(n / block.block_n) * math.ceil(m / block.block_m) * splits
             has_work = (splits - 1) * math.ceil(units / splits) < units

@@ -36,6 +36,15 @@ AMD_CHIP = aot.device_facts("gfx942")
 MI250X = DeviceFacts("AMD Instinct MI250X", (9, 0), 104, 64 * 1024, is_nvidia=False)  # gfx90a: not Hopper
 
 
+@pytest.fixture(params=[True, False], ids=["gluon", "triton"])
+def in_gluon(request, monkeypatch):
+    """Whether there is a kernel in Gluon, as with Triton 3.6, or none."""
+    monkeypatch.setattr(int4_config, "IN_GLUON", request.param)
+    dequantizes.cache_clear()
+    yield request.param
+    dequantizes.cache_clear()
+
+
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
 @pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
@@ -156,7 +165,7 @@ def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, a
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP, MI250X], ids=lambda f: f.name)
 @every_kind_of_zeros
-def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
+def test_blocks_of_many_rows_keep_the_rules(zeros, facts, in_gluon):
     """Sums fit the registers, every split has work, and what splits K fits the chip at once."""
     for k in (100, 576, 2048, 4096, 5376, 14336):
         for n in (17, 1536, 4096, 28672, 128256):
@@ -172,8 +181,8 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
                     assert units >= 4 * c.splits and blocks * c.splits <= 4 * facts.sm_count
                     assert not isinstance(c, HopperConfig) or (c.splits - 1) * -(-units // c.splits) < units
                 if isinstance(c, (HopperConfig, PrefillConfig)):
-                    assert facts is H100 and m > 32
-                    assert isinstance(c, HopperConfig) == (int4_config.IN_GLUON and k % 128 == 0)
+                    assert facts is H100 and m > (32 if isinstance(c, HopperConfig) else 64)
+                    assert isinstance(c, HopperConfig) == (in_gluon and k % 128 == 0)
 
 
 @pytest.mark.parametrize(
@@ -195,26 +204,27 @@ def test_blocks_of_many_rows_keep_the_rules(zeros, facts):
     ],
     ids=str,
 )
-def test_weights_are_scaled_first_where_that_was_faster(m, n, k, group_size, zeros, block, splits, monkeypatch):
+@pytest.mark.parametrize("in_gluon", [False], indirect=True)
+def test_weights_are_scaled_first_where_that_was_faster(m, n, k, group_size, zeros, block, splits, in_gluon):
     """By the kernel in Triton, where there is none in Gluon."""
-    monkeypatch.setattr(int4_config, "IN_GLUON", False)
-    dequantizes.cache_clear()
     assert pick_config(m, n, k, group_size, zeros, H100) == replace(block, splits=splits)
     assert not dequantizes(m, n, k, group_size, zeros, H100)
     assert type(pick_config(m, n, k, group_size, zeros, SMALL_CHIP)) is SplitConfig
-    dequantizes.cache_clear()
 
 
 @every_kind_of_zeros
-def test_rows_from_which_weights_are_dequantized(zeros):
-    """From some number of rows of x on; on Hopper where that is faster than products with weights that are scaled."""
+def test_rows_from_which_weights_are_dequantized(zeros, in_gluon):
+    """A weight of few rows: from some number of rows of x on. One of many, which fills the chip: later, on Hopper. In
+    Gluon one of few rows, too, may be worth scaling."""
     for group_size, real, other in ((128, 128, 256), (32, 64, 192)):
         most = real if zeros is Zeros.REAL else other
         for m in (1, 16, 17, most, most + 1, 4096):
+            if not in_gluon or m <= most or m == 4096:
+                assert dequantizes(m, 1024, 4096, group_size, zeros, H100) == (m > most)
             assert dequantizes(m, 28672, 4096, group_size, zeros, SMALL_CHIP) == (m > most)
         assert dequantizes(4096, 28672, 4096, group_size, zeros, H100)
     assert not dequantizes(512, 28672, 4096, 128, zeros, H100)
-    slow = {Zeros.REAL, Zeros.INTEGER} if int4_config.IN_GLUON else {Zeros.REAL}
+    slow = {Zeros.REAL, Zeros.INTEGER} if in_gluon else {Zeros.REAL}
     assert dequantizes(512, 28672, 4096, 32, zeros, H100) == (zeros in slow)
     assert dequantizes(512, 2048, 2048, 128, zeros, H100), "too few blocks for the chip"
 

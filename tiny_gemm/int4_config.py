@@ -76,6 +76,11 @@ class HopperConfig(SplitConfig):
 IN_GLUON = triton.__version__.startswith("3.6.")  # for which gluon_gemm.py was written
 
 
+def runs_in_gluon(k: int, facts: DeviceFacts) -> bool:
+    """Whether the kernel in Gluon takes weights of k columns on this chip."""
+    return IN_GLUON and facts.is_nvidia and facts.capability == (9, 0) and unit_k(k) == 128
+
+
 def pick_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts
 ) -> DecodeConfig | SplitConfig:
@@ -135,10 +140,10 @@ def _scaled_config(
     m: int, n: int, k: int, groups: int, zeros: Zeros, facts: DeviceFacts
 ) -> HopperConfig | PrefillConfig | None:
     """A block that scales weights before the product, where it is faster than what else there is: on Hopper."""
+    if runs_in_gluon(k, facts):
+        return _hopper_config(m, n, k // 128, groups, zeros, facts.sm_count)
     if not facts.is_nvidia or facts.capability != (9, 0):
         return None
-    if IN_GLUON and unit_k(k) == 128:
-        return _hopper_config(m, n, k // 128, groups, zeros, facts.sm_count)
     return _prefill_config(m, n, triton.cdiv(k, unit_k(k)), groups, zeros, facts.sm_count)
 
 
