@@ -19,6 +19,7 @@ from tiny_gemm.int4_config import (
     HopperConfig,
     PrefillConfig,
     SplitConfig,
+    StreamConfig,
     Zeros,
     dequantizes,
     groups_a_unit,
@@ -48,11 +49,11 @@ def in_gluon(request, monkeypatch):
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP], ids=lambda f: f.name)
 @pytest.mark.parametrize("n", [192, 896, 4096, 28672, 128256])
 @pytest.mark.parametrize("k", [576, 2048, 4864, 14336])
-def test_pick_config_sums_in_one_order(n, k, facts):
+def test_pick_config_sums_in_one_order(n, k, facts, in_gluon):
     for group_size in (32, 64, 128, -1) if k % 128 == 0 else (32, 64, -1):
         for zeros in Zeros:
             configs = [pick_config(m, n, k, group_size, zeros, facts) for m in (1, 2, 4, 8, 9, 16)]
-            cuts = {c.cut if isinstance(c, DecodeConfig) else c.splits for c in configs}
+            cuts = {c.cut if isinstance(c, (DecodeConfig, StreamConfig)) else c.splits for c in configs}
             assert len(cuts) == 1  # how K is cut must not depend on the batch
 
 
@@ -60,7 +61,8 @@ def test_pick_config_sums_in_one_order(n, k, facts):
 @pytest.mark.parametrize("gated", [False, True], ids=["single", "gated"])
 @every_kind_of_zeros
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
+@pytest.mark.parametrize("in_gluon", [False], indirect=True)
+def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts, in_gluon):
     """What the kernel asserts, and what the chip has; for shapes on either side of every limit."""
     for k in (64, 576, 1024, 1536, 2048, 2880, 3072, 4096, 7392, 8192, 14336):
         unit = unit_k(k)
@@ -154,13 +156,54 @@ def test_decode_blocks_keep_the_rules(group_size, zeros, gated, facts):
     ],
     ids=str,
 )
-def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, at_8, at_16):
-    """Of the sweeps in docs/notes/int4-gemm.md: (row_tiles, warp_units, warps, max_registers, splits, cluster)."""
+@pytest.mark.parametrize("in_gluon", [False], indirect=True)
+def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, at_8, at_16, in_gluon):
+    """Of the sweeps in docs/notes/int4-gemm.md: (row_tiles, warp_units, warps, max_registers, splits, cluster). Among
+    kernels in Triton."""
     for m, expected in ((1, at_1), (8, at_8), (16, at_16)):
         row_tiles, warp_units, warps, registers, *splits = expected
         c = pick_decode_config(m, n, k, group_size, zeros, H100, gated=gated)
         assert c == DecodeConfig(row_tiles, warp_units, warps, 2, registers, *splits)
         assert not pick_decode_config(m, n, k, group_size, zeros, SMALL_CHIP, gated=gated).cluster
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "gated", "group_size", "k_warps"),
+    [
+        (28672, 4096, False, 128, 16),
+        (28672, 4096, False, 32, 16),
+        (14336, 4096, False, 128, 16),
+        (14336, 4096, True, 32, 16),
+        (6144, 4096, True, 128, 16),
+        (18944, 3584, True, 64, 16),
+        (128256, 4096, False, 128, 16),
+        (151936, 2048, False, 128, 8),
+        (8192, 2048, True, 128, 8),
+        (11008, 2048, True, 32, 8),
+        (11008, 4096, False, 128, 16),
+        (9728, 4096, False, 32, 16),
+        (6144, 4096, False, 128, None),  # too few tiles
+        (8192, 2048, True, 32, None),
+        (16384, 2048, False, 128, None),
+        (8192, 3072, True, 128, None),  # a quarter of the warps without work
+        (28672, 4096, False, -1, None),
+        (32768, 4224, False, 128, None),  # K is no multiple of 256
+        (28672, 8192, False, 128, None),
+        (2**20, 4096, False, 128, None),  # more bytes than its offsets reach
+    ],
+    ids=str,
+)
+def test_weights_that_stream_through_one_block_an_sm(n, k, gated, group_size, k_warps, in_gluon):
+    """On Hopper, whatever the zeros and the batch."""
+    for zeros, m in itertools.product(Zeros, (1, 8, 9, 16)):
+        expected = StreamConfig(k_warps) if k_warps and in_gluon else None
+        for facts in (H100, SMALL_CHIP, AMD_CHIP, MI250X):
+            c = pick_decode_config(m, n, k, group_size, zeros, facts, gated=gated)
+            assert (c if isinstance(c, StreamConfig) else None) == (expected if facts is H100 else None)
+        if not gated:
+            c = pick_config(m, n, k, group_size, zeros, H100)
+            assert (c if isinstance(c, StreamConfig) else None) == expected
+    assert not isinstance(pick_config(17, n, k, group_size, Zeros.NONE, H100), StreamConfig)
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP, MI250X], ids=lambda f: f.name)

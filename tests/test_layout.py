@@ -24,10 +24,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_cluster": {"triton_parts"},
     "int4_config": {"quantize_utils", "device"},
     "int4_unpack": set(),
+    "gluon_decode": {"int4_unpack", "triton_parts"},
     "gluon_gemm": {"int4_unpack", "triton_parts"},
     "triton_gemm": {
         *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack"),
-        "gluon_gemm",
+        *("gluon_decode", "gluon_gemm"),
     },
     "triton_fused_transformer": {
         *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "triton_gemm"),
@@ -49,7 +50,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__main__": {"cli"},
 }
 KERNELS = {
-    *("launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack", "gluon_gemm", "triton_gemm"),
+    *("launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack", "gluon_decode"),
+    *("gluon_gemm", "triton_gemm"),
     "triton_fused_transformer",
 }
 CORE_DEPENDENCIES = {"jinja2", "numpy", "rich", "safetensors", "tokenizers", "torch", "typer"}

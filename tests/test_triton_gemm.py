@@ -357,14 +357,24 @@ SHAPES = {  # name: (m, n, k, group_size, dtype of scales, dtype of zeros)
 }
 
 
-def compile_gemm(target, name, dtype="bf16"):
-    """The kernel that int4_gemm would launch on a large chip of this target."""
-    m, n, k, group_size, scales, zeros = SHAPES[name]
-    facts = aot.device_facts(target)
-    activation = "silu" if "gated" in name else None
+def config_of(name, target):
+    """What is chosen for a shape on a large chip of this target; of few rows, among kernels in Triton: the one in Gluon
+    has tests of its own."""
+    m, n, k, group_size, _, zeros = SHAPES[name]
     dtype_of_zeros = {None: None, "*i16": torch.int16}.get(zeros, torch.float16)
-    kind = triton_gemm.kind_of_zeros(dtype_of_zeros, group_size)
-    launch = triton_gemm.plan(m, n, k, group_size, kind, facts, None, activation)
+    shape = m, n, k, group_size, triton_gemm.kind_of_zeros(dtype_of_zeros, group_size), aot.device_facts(target)
+    with pytest.MonkeyPatch.context() as patch:
+        if m <= int4_config.DECODE_ROWS:
+            patch.setattr(int4_config, "IN_GLUON", False)
+        return pick_decode_config(*shape, gated=True) if "gated" in name else int4_config.pick_config(*shape)
+
+
+def compile_gemm(target, name, dtype="bf16"):
+    """The kernel of config_of."""
+    m, n, k, group_size, scales, zeros = SHAPES[name]
+    activation = "silu" if "gated" in name else None
+    config = config_of(name, target)
+    launch = triton_gemm.plan(m, n, k, group_size, Zeros.NONE, aot.device_facts(target), config, activation)
     gate = {"gate_ptr": "*i16", "gate_s_ptr": scales, "gate_z_ptr": zeros} if activation else {}
     return compile_planned(launch, target, n, k, scales, zeros, dtype, gate)
 
@@ -515,10 +525,8 @@ def test_x_is_read_after_the_wait_and_weights_before(name, in_one_step):
 def handed_over(name):
     """How many words the lanes of a row hand to one another in a step: of small groups each has a part of the pairs,
     but where one step of one block is all."""
-    m, n, k, group_size, scales, zeros = SHAPES[name]
-    kind = {None: Zeros.NONE, "*i16": Zeros.INTEGER}.get(zeros, Zeros.REAL)
-    gated = "gated" in name
-    config = pick_decode_config(m, n, k, group_size, kind, aot.device_facts("sm_90"), gated=gated)
+    _, _, k, group_size, scales, zeros = SHAPES[name]
+    config, gated = config_of(name, "sm_90"), "gated" in name
     pairs = 0 if group_size == -1 else config.warp_units * unit_k(k) // group_size // 2
     if config.splits == 1 and config.is_one_step(-(-k // unit_k(k))):
         return 0

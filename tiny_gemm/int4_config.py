@@ -51,6 +51,24 @@ class DecodeConfig:
 
 
 @dataclass(frozen=True)
+class StreamConfig:
+    """One block an SM, of 16 warps, takes one tile of rows of W after the other (gluon_decode.py); `k_warps` of its
+    warps share K, two units each, and `stages` tiles are in shared memory or on their way there."""
+
+    k_warps: int
+    stages: int = 2
+
+    @property
+    def in_triton(self) -> DecodeConfig:
+        """What has the same bits."""
+        return DecodeConfig(1, 2, self.k_warps, 2, 128)
+
+    @property
+    def cut(self) -> tuple[int, int, int]:
+        return self.in_triton.cut
+
+
+@dataclass(frozen=True)
 class SplitConfig:
     """block_n rows of W and block_m rows of x a block; K split over `splits` blocks; `stages` tiles in flight."""
 
@@ -83,13 +101,16 @@ def runs_in_gluon(k: int, facts: DeviceFacts) -> bool:
 
 def pick_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts
-) -> DecodeConfig | SplitConfig:
+) -> DecodeConfig | StreamConfig | SplitConfig:
     """The configuration for x [m, k] and W [n, k]. Within the decode sizes K is cut in a way that does not depend on m,
     so that a row's sums are added in one order whatever its batch."""
     if m <= DECODE_ROWS and n * k <= DECODE_WEIGHTS:
         return pick_decode_config(m, n, k, group_size, zeros, facts)
     unit = unit_k(k)
     if m <= DECODE_ROWS:
+        stream = _stream_config(n, k, group_size, facts, False)
+        if stream is not None:
+            return stream
         # A narrower tile of x saves loads, unless it gets too small for the pipeline.
         narrowest = 16 if not facts.is_nvidia else 8 if unit == 64 else 2
         block_m = max(narrowest, triton.next_power_of_2(m))
@@ -100,6 +121,22 @@ def pick_config(
             block_n = 128
         return SplitConfig(block_n, block_m, 1, block_n // 32, {8: 4, 16: 3}.get(block_m, 5))
     return _many_rows_config(m, n, k, groups_a_unit(group_size, k), zeros, facts)
+
+
+def _stream_config(n: int, k: int, group_size: int, facts: DeviceFacts, gated: bool) -> StreamConfig | None:
+    """Where W has so many rows that one block an SM takes many tiles of them; None where it has not, or where K leaves
+    more than an eighth of the warps without work. Whatever the batch, as it cuts K in one way.
+
+    Swept on an H200, 2026-12-01: see docs/notes/int4-gemm.md.
+    """
+    if not runs_in_gluon(k, facts) or k % 256 or group_size == -1 or n * k >= 2**32:
+        return None
+    k_warps = 8 if k <= 2048 else 16
+    if not 7 / 8 <= k / (256 * k_warps) <= 1:
+        return None
+    tiles_per_sm = n * (1 + gated) / (TILE_N * facts.sm_count)
+    few = 4.5 if k_warps == 16 else 7.5 if group_size == 128 and gated else 10
+    return StreamConfig(k_warps) if tiles_per_sm >= few else None
 
 
 def groups_a_unit(group_size: int, k: int) -> int:
@@ -264,8 +301,11 @@ def _filled(config: SplitConfig, m: int, n: int, room: int) -> float:
 
 def pick_decode_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts, *, gated: bool = False
-) -> DecodeConfig:
-    """As pick_config, among blocks of the decode kernel; for a gated pair two weights [n, k]."""
+) -> DecodeConfig | StreamConfig:
+    """As pick_config, among blocks of kernels for few rows; for a gated pair two weights [n, k]."""
+    stream = _stream_config(n, k, group_size, facts, gated)
+    if stream is not None:
+        return stream
     unit = unit_k(k)
     units = triton.cdiv(k, unit)
     groups = groups_a_unit(group_size, k)

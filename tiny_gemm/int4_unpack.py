@@ -100,6 +100,17 @@ def unpack_plane(packed, zero, PLANE: tl.constexpr, DTYPE: tl.constexpr, USE_ASM
         return ((((packed >> (4 * PLANE)) & 15) - 8).to(tl.float32) * (1.0 / UNPACKED)).to(DTYPE)
 
 
+@triton.jit
+def unpack_words(words, zeros, PLANE: tl.constexpr, DTYPE: tl.constexpr):
+    """unpack_plane on NVIDIA, of int32 of two int16 each, as int32 of two floats. zeros: likewise, or None."""
+    if zeros is not None:
+        asm: tl.constexpr = _UNPACK_BF16_Z[PLANE] if DTYPE == tl.bfloat16 else _UNPACK_FP16_Z[PLANE]
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [words, zeros], tl.int32, is_pure=True, pack=1)
+    else:
+        asm: tl.constexpr = _UNPACK_BF16[PLANE] if DTYPE == tl.bfloat16 else _UNPACK_FP16[PLANE]
+        return tl.inline_asm_elementwise(asm, "=r,r", [words], tl.int32, is_pure=True, pack=1)
+
+
 @triton.constexpr_function
 def are_integers(z_ptr, group_size: int) -> bool:
     """Whether there are zeros to subtract from the weights as integers, as kind_of_zeros says; per channel none are."""

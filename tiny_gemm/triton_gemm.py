@@ -5,11 +5,12 @@
 or, where zeros are integers, sum over g of scale[n, g] * sum_k x[m, k] * (q[n, k] - zero[n, g]).
 
 The weights are the M operand of the tensor-core product and the activations its N operand, which need only be 8 wide: a
-batch of 8 costs what a batch of 1 costs. There are four kernels:
+batch of 8 costs what a batch of 1 costs. There are five kernels:
 
 - `_int4_decode_kernel`, up to DECODE_ROWS rows: the warps of a block split K. Weights stream through a ring of stages
   in shared memory, each thread reading back what it fetched itself. What is fetched first does not depend on x, so it
   is on its way, or there, before the kernel waits for the one that computes x.
+- `int4_stream_kernel` (gluon_decode.py), on Hopper, for as many rows of x and many of W: one block an SM keeps its x.
 - `_int4_gemm_kernel`, more rows: the warps of a block own different rows of W and share x through shared memory.
 - `_int4_prefill_kernel`, still more, on Hopper: likewise, with weights that are scaled before the product.
 - `int4_hopper_kernel` (gluon_gemm.py) does the same sums, faster, where 128 divides K and Triton is 3.6.
@@ -40,6 +41,7 @@ from tiny_gemm.int4_config import (
     HopperConfig,
     PrefillConfig,
     SplitConfig,
+    StreamConfig,
     Zeros,
     dequantizes,
     pick_config,
@@ -1104,7 +1106,7 @@ def plan(
     group_size: int,
     zeros: Zeros,
     facts: DeviceFacts,
-    config: DecodeConfig | SplitConfig | None = None,
+    config: DecodeConfig | StreamConfig | SplitConfig | None = None,
     activation: str | None = None,
 ) -> Launch:
     """The launch for x [m, k] and W [n, k]: by the configuration given, else that of a table, else pick_config's. With
@@ -1117,6 +1119,14 @@ def plan(
             config = pick_decode_config(m, n, k, group_size, zeros, facts, gated=True)
         else:
             config = pick_config(m, n, k, group_size, zeros, facts)
+    if isinstance(config, StreamConfig):
+        if m > DECODE_ROWS or k % 256 or k > 256 * config.k_warps or group_size == -1:
+            raise ValueError(
+                f"int4_gemm: M={m}, K={k}, group_size={group_size}: for {config} M must be at most {DECODE_ROWS}, K a "
+                f"multiple of 256 and at most {256 * config.k_warps}, and a channel have groups"
+            )
+        launcher = _stream_launcher(config, 1 if m <= 8 else 2, group_size, activation, facts)
+        return Launch(launcher, (min(-(-n * config.k_warps // 256), facts.sm_count), 1, 1))
     unit = unit_k(k)
     splits = config.splits
     if isinstance(config, DecodeConfig):
@@ -1149,6 +1159,18 @@ def plan(
     return launch
 
 
+class Fixed(NamedTuple):
+    """A Launch of one shape. streams: it is int4_stream_kernel, which reads rows of x 16 bytes at a time."""
+
+    launch: FixedLaunch
+    partials: int
+    arrivals: int
+    streams: bool
+
+    def misreads(self, x: Tensor, stride: int) -> bool:
+        return self.streams and (x.data_ptr() | 2 * stride) % 16 != 0
+
+
 @lru_cache(maxsize=4096)
 def _fixed_launch(
     m: int,
@@ -1159,15 +1181,16 @@ def _fixed_launch(
     dtypes: tuple[torch.dtype | None, ...],  # of all else that may differ
     group_size: int,
     device: torch.device,
-    config: DecodeConfig | SplitConfig | None,
+    config: DecodeConfig | StreamConfig | SplitConfig | None,
     activation: str | None = None,
-) -> tuple[FixedLaunch, int, int]:
-    """(the plan's launch for tensors of these dtypes, its partials and arrivals)"""
+) -> Fixed:
+    """The plan's launch for tensors of these dtypes."""
     kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
     zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
     launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, device_facts(device), config, activation)
     set_up_counters(device, "int4_gemm")  # a launch of another shape that is captured later may count
-    return FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals
+    streams = "K_WARPS" in launcher.meta
+    return Fixed(FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals, streams)
 
 
 @cache
@@ -1185,6 +1208,19 @@ def _decode_launcher(
         STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, LANES_SHARE=facts.is_nvidia or facts == INTERPRETED,
         MANY_REGISTERS=config.max_registers >= 128, ACTIVATION=activation, USE_ASM=facts.is_nvidia,
         num_warps=config.warps, **pdl_options(facts), **meta,
+    )  # fmt: skip
+
+
+@cache
+def _stream_launcher(
+    config: StreamConfig, x_tiles: int, group_size: int, activation: str | None, facts: DeviceFacts
+) -> Launcher:
+    from tiny_gemm import gluon_decode  # only where Triton is one that it was written for
+
+    return Launcher(
+        gluon_decode.int4_stream_kernel, K_WARPS=config.k_warps, X_TILES=x_tiles, STAGES=config.stages,
+        GROUP_SIZE=group_size, ACTIVATION=activation, num_warps=gluon_decode.WARPS.value,
+        maxnreg=gluon_decode.REGISTERS, **pdl_options(facts),
     )  # fmt: skip
 
 
@@ -1255,7 +1291,7 @@ def int4_gemm(
     bias: Tensor | None,
     group_size: int,
     out_features: int,
-    config: DecodeConfig | SplitConfig | None = None,
+    config: DecodeConfig | StreamConfig | SplitConfig | None = None,
 ) -> Tensor:
     """x [M, K] (bf16 or fp16) times the Int4Weight given by its parts -> [M, out_features]; see ops.int4_gemm."""
     m, k = x.shape
@@ -1278,13 +1314,17 @@ def int4_gemm(
         return y
     dtypes = x.dtype, scales.dtype, None if bias is None else bias.dtype
     stride = x.stride(0) if m > 1 else k  # of one row it is any
-    launch, num_partials, num_arrivals = _fixed_launch(
-        m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device, config
-    )
+    found = _fixed_launch(m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device, config)
+    if found.misreads(x, stride):
+        x = x.clone(memory_format=torch.contiguous_format)
+        return int4_gemm(x, packed, scales, zeros, bias, group_size, out_features, config)
+    launch = found.launch
     partials = arrivals = None
-    if num_partials:
-        partials, arrivals = scratch(x, num_partials), counters(device, num_arrivals, "int4_gemm")
-    if launch.launcher.kernel is _int4_decode_kernel:
+    if found.partials:
+        partials, arrivals = scratch(x, found.partials), counters(device, found.arrivals, "int4_gemm")
+    if found.streams:
+        launch((x, packed, scales, zeros, None, None, None, bias, y))
+    elif launch.launcher.kernel is _int4_decode_kernel:
         launch((x, packed, scales, zeros, None, None, None, bias, y, partials, arrivals))
     else:
         launch((x, packed, scales, zeros, bias, y, partials, arrivals))
@@ -1321,7 +1361,7 @@ def int4_gated_linear(
     group_size: int,
     out_features: int,
     activation: str,
-    config: DecodeConfig | None = None,
+    config: DecodeConfig | StreamConfig | None = None,
 ) -> Tensor:
     """act(x @ gate.T) * (x @ W.T) for x [M <= DECODE_ROWS, K]; see ops.int4_gated_linear."""
     m, k = x.shape
@@ -1334,10 +1374,13 @@ def int4_gated_linear(
     zero_dtypes = tuple([None if z is None else z.dtype for z in (zeros, gate_zeros)])
     dtypes = x.dtype, scales.dtype, gate_scales.dtype
     stride = x.stride(0) if m > 1 else k
-    launch, _, _ = _fixed_launch(
-        m, out_features, k, stride, zero_dtypes, dtypes, group_size, x.device, config, activation
-    )
-    launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, None, None))
+    found = _fixed_launch(m, out_features, k, stride, zero_dtypes, dtypes, group_size, x.device, config, activation)
+    if found.misreads(x, stride):
+        x = x.clone(memory_format=torch.contiguous_format)
+        gate = gate_packed, gate_scales, gate_zeros
+        return int4_gated_linear(x, packed, scales, zeros, *gate, group_size, out_features, activation, config)
+    sums = () if found.streams else (None, None)
+    found.launch((x, packed, scales, zeros, gate_packed, gate_scales, gate_zeros, None, y, *sums))
     return y
 
 

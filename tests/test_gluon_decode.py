@@ -1,0 +1,195 @@
+"""The INT4 product that streams weights through one block an SM, in Gluon: as compiled for Hopper, and on it. The
+interpreter knows no Gluon, and no other chip takes it: what the interpreter runs is `_int4_decode_kernel`, whose bits
+these are."""
+
+import re
+
+import aot
+import pytest
+import torch
+from conftest import assert_close
+from int4_weights import every_kind_of_zeros, quantized
+from test_int4_config import H100
+from test_triton_gemm import compile_planned
+
+from tiny_gemm import int4_config, ops, triton_gemm
+from tiny_gemm.int4_config import StreamConfig, Zeros
+from tiny_gemm.quantize_utils import quantize
+from tiny_gemm.reference import int4_gated_linear_ref, int4_gemm_ref
+
+pytestmark = pytest.mark.skipif(not int4_config.IN_GLUON, reason="the kernel in Gluon was written for Triton 3.6")
+
+
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel in Gluon is for Hopper")
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("m", [8, 16])
+@pytest.mark.parametrize(
+    ("k", "group_size", "scales", "zeros", "gate", "dtype", "spills"),  # spills: at 8 and at 16 rows, at most
+    [
+        (4096, 128, "*fp16", None, None, "bf16", (0, 0)),
+        (4096, 128, "*bf16", None, ("*bf16", None), "bf16", (0, 0)),
+        (2048, 128, "*fp32", None, None, "fp16", (0, 0)),
+        (2048, 128, "*fp16", "*i16", ("*fp16", "*i16"), "bf16", (0, 16)),
+        (3584, 64, "*fp16", "*i16", None, "bf16", (0, 16)),
+        (4096, 64, "*fp16", "*fp16", None, "bf16", (0, 16)),
+        (4096, 32, "*fp16", None, None, "bf16", (0, 8)),
+        (4096, 32, "*fp16", "*i16", ("*fp16", "*i16"), "bf16", (0, 16)),
+        (2048, 32, "*fp16", "*fp16", ("*fp32", "*fp32"), "fp16", (24, 32)),
+        (4096, 32, "*fp32", "*fp32", ("*fp32", "*fp32"), "fp16", (16, 32)),
+        (4096, 128, "*fp16", "*i16", ("*fp32", "*fp32"), "bf16", (0, 24)),
+    ],
+    ids=str,
+)
+def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, gate, dtype, spills, m):
+    """No barrier of the block stands in a loop around products; x stays in registers; all of shared memory is what the
+    kernel planned, as it addresses it by number."""
+    from tiny_gemm import gluon_decode
+
+    config = StreamConfig(8 if k <= 2048 else 16)
+    activation, others = None, {"bias_ptr": "*bf16"}
+    if gate:
+        activation, others = "silu", {"gate_ptr": "*i16", "gate_s_ptr": gate[0], "gate_z_ptr": gate[1]}
+    launch = triton_gemm.plan(m, 28672, k, group_size, Zeros.NONE, aot.device_facts("sm_90"), config, activation)
+    compiled = compile_planned(launch, "sm_90", 28672, k, scales, zeros, dtype, others)
+    aot.check(compiled, vector_loads=False, may_spill=True)
+    assert compiled.spills <= spills[m > 8]
+    assert compiled.registers <= gluon_decode.REGISTERS and compiled.static_shared_memory == 0
+
+    def size_of(scales, zeros):
+        bits = sum({"*fp32": 32, None: 0}.get(part, 16) for part in (scales, zeros))
+        return 2048 + 256 // group_size * 16 * bits // 8
+
+    has_real_zeros = any(z not in (None, "*i16") for z in (zeros, gate and gate[1]))
+    stage = max(size_of(scales, zeros), size_of(*gate) if gate else 0)
+    x_tiles = 1 if m <= 8 else 2
+    x_sums = 256 // group_size * 8 * x_tiles if has_real_zeros else 0
+    planned = gluon_decode.shared_bytes(config.stages, stage, config.k_warps, x_tiles, x_sums)
+    assert compiled.shared_memory == planned, "nothing of Triton's own"
+
+    lines = compiled.assembly.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    products = [i for i, line in enumerate(lines) if " HMMA" in line]
+    jumps = {i: labels[t[1]] for i, line in enumerate(lines) if (t := re.search(r" BRA\S* `\((\.L_\w+)\)", line))}
+    count = 16 * x_tiles * (2 if gate else 1)  # those before are of the sums of x
+    around = [
+        (end - begin, begin, end) for end, begin in jumps.items() if begin < products[-count] < products[-1] < end
+    ]
+    _, begin, end = min(around)
+    loop = lines[begin:end]
+    assert sum(" HMMA" in line for line in loop) == count
+    found = [line for line in loop if re.search(r" (BAR\.|LDG|MEMBAR)", line)]
+    assert all(" LDG.E.U16 " in line for line in found), "the bias alone is read there"
+    fetches = [i for i, line in enumerate(loop) if "UBLKCP" in line]
+    read = [i for i, line in enumerate(loop) if re.search(r" LDS\.128", line)]
+    assert sum(i < fetches[0] for i in read) >= 4, "what was read makes room"
+
+
+def multiply(x, weight, config=None, bias=None):
+    parts = weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.shape[0]
+    return triton_gemm.int4_gemm(x, *parts, config)
+
+
+def multiply_gated(x, weight, gate, config=None):
+    parts = weight.packed, weight.scales, weight.zeros, gate.packed, gate.scales, gate.zeros
+    return triton_gemm.int4_gated_linear(x, *parts, weight.group_size, weight.shape[0], "silu", config)
+
+
+KINDS = pytest.mark.parametrize(
+    ("dtype", "scale_dtype", "group_size"),
+    [
+        (torch.bfloat16, torch.float16, 128),
+        (torch.bfloat16, torch.bfloat16, 32),
+        (torch.float16, torch.float32, 64),
+        (torch.float16, torch.float32, 32),
+    ],
+    ids=lambda v: str(v).removeprefix("torch."),
+)
+
+
+@pytest.mark.gpu
+@every_kind_of_zeros
+@KINDS
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(28672, 4096), (18941, 3584), (16 * 133, 3840), (4097, 2048), (100, 1792), (40, 256), (16, 2304)],
+    ids=str,
+)
+def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_size, zeros, poisoned, hopper):
+    """More tiles than blocks and fewer, rows past N, warps without units, rows of x from one to all; twice."""
+    config = StreamConfig(8 if k <= 2048 else 16)
+    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
+    bias = torch.randn(n, device="cuda", dtype=dtype)
+    x = torch.randn(16, k, device="cuda", dtype=dtype)
+    assert_close(multiply(x, weight, config, bias), int4_gemm_ref(x, weight, bias))
+    whole = multiply(x, weight, config.in_triton, bias)
+    for m in (1, 7, 8, 9, 16):
+        for _ in range(2):
+            assert torch.equal(multiply(x[:m], weight, config, bias), whole[:m]), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("zeros", "gate_zeros"),
+    [(zeros, zeros) for zeros in Zeros] + [(Zeros.INTEGER, Zeros.REAL), (Zeros.REAL, Zeros.INTEGER)],
+    ids=lambda z: z.value,
+)
+@KINDS
+@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (1100, 3584), (8177, 2048), (33, 1792)], ids=str)
+def test_gated_pairs_too(n, k, dtype, scale_dtype, group_size, zeros, gate_zeros, poisoned, hopper):
+    """Also where the two weights have scales and zeros of different kinds."""
+    config = StreamConfig(8 if k <= 2048 else 16)
+    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
+    gate = quantized(torch.randn(n, k, device="cuda") / 16, group_size, gate_zeros, scale_dtype=torch.float16)
+    x = torch.randn(16, k, device="cuda", dtype=dtype) / 16
+    oracle = int4_gated_linear_ref(x, weight, gate)
+    assert_close(multiply_gated(x, weight, gate, config), oracle)
+    whole = multiply_gated(x, weight, gate, config.in_triton)
+    for m in (1, 8, 11, 16):
+        assert torch.equal(multiply_gated(x[:m], weight, gate, config), whole[:m]), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 16])
+def test_the_same_bits_in_a_thousand_replays(m, poisoned, hopper):
+    """In a graph beside launches on another stream."""
+    weight = quantized(torch.randn(28672, 4096, device="cuda"), 128, Zeros.INTEGER)
+    x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
+    assert isinstance(int4_config.pick_config(m, 28672, 4096, 128, Zeros.INTEGER, H100), StreamConfig)
+    expected = multiply(x, weight)
+    assert_close(expected, int4_gemm_ref(x, weight))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = multiply(x, weight)
+    other, differ = torch.cuda.Stream(), torch.zeros((), device="cuda", dtype=torch.int64)
+    for i in range(1000):
+        y.zero_()
+        graph.replay()
+        differ += (y != expected).sum()
+        if i % 10 == 0:
+            with torch.cuda.stream(other):
+                multiply(x, weight)
+    torch.cuda.synchronize()
+    assert differ.item() == 0
+
+
+@pytest.mark.gpu
+def test_rows_of_x_that_are_not_aligned_are_copied(poisoned, hopper):
+    weight = quantize(torch.randn(28672, 4096, device="cuda"), 128)
+    gate = quantize(torch.randn(28672, 4096, device="cuda"), 128)
+    wide = torch.randn(4, 4096 + 12, device="cuda", dtype=torch.bfloat16)
+    for x in (wide[:, 3:4099], wide[:, 8:4104], wide[1:2, 1:4097]):
+        assert torch.equal(ops.int4_gemm(x, weight), ops.int4_gemm(x.contiguous(), weight))
+        assert torch.equal(multiply_gated(x, weight, gate), multiply_gated(x.contiguous(), weight, gate))
+
+
+@pytest.mark.parametrize(
+    ("m", "k", "group_size", "k_warps"), [(17, 4096, 128, 16), (1, 4224, 128, 16), (1, 4096, 128, 8), (1, 4096, -1, 16)]
+)
+def test_shapes_that_it_does_not_take_are_refused(m, k, group_size, k_warps):
+    with pytest.raises(ValueError, match=rf"M={m}, K={k}, group_size={group_size}: for StreamConfig"):
+        triton_gemm.plan(m, 4096, k, group_size, Zeros.NONE, H100, StreamConfig(k_warps))

@@ -1,0 +1,599 @@
+"""The INT4 product of few rows of x with a weight of many rows on Hopper, in Gluon and PTX.
+
+One block an SM, of 16 warps, takes one tile of rows of W after the other. A warp owns two units of K for good: what of
+x meets them stays in its registers, as operands of `mma.sync`, so that x is read once by each SM and not by each tile.
+Of each tile a warp asks for its part of the weights, which is one piece of memory, by a bulk copy into shared memory,
+waits for it by itself, multiplies, and leaves its sums to be added up: all warps do that together for the tile before,
+when the sums of all have arrived. No warp waits for another otherwise.
+
+It adds up the same numbers in the same order as `_int4_decode_kernel` of triton_gemm.py does with all of K in one step
+of as many warps, of two units each, and so has the same bits. The interpreter knows no Gluon; what it runs is that
+kernel, and tests on a GPU compare the two.
+
+All tensors below have one number for each thread, unless said otherwise: what is written for a tensor is what a thread
+does. Shared memory is addressed by number, since Gluon's own copies and loads come with barriers of the whole block.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from tiny_gemm.int4_unpack import UNPACKED, are_integers, unpack_words
+from tiny_gemm.triton_parts import activate, int4_gemm_cost, wait_for_previous
+
+UNIT = gl.constexpr(128)  # columns of a packed unit; 256 divides K
+WARPS = gl.constexpr(16)
+THREADS = gl.constexpr(32 * WARPS.value)
+THREAD = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))  # a number for each
+REGISTERS = 65536 // THREADS.value
+PIECE = gl.constexpr(2 * UNIT.value * 16 // 2)  # bytes of weights of a warp in a tile: two units of 16 rows
+SLOTS = gl.constexpr(4)  # tiles whose sums have room: see _add_up
+COLUMN = gl.constexpr(20)  # words from one column of a tile's sums to the next, of 16: the banks of a warp differ
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shared memory: barriers (one for each slot; one for each warp and stage), the ring, the sums. Sizes in bytes.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def group_bytes(group_size: int, ptr) -> int:
+    """Bytes of scales, or of zeros, of a warp in a tile."""
+    return 0 if ptr is None else 2 * UNIT.value // group_size * 16 * ptr.dtype.element_ty.primitive_bitwidth // 8
+
+
+@triton.constexpr_function
+def stage_bytes(group_size: int, s_ptr, z_ptr, gate_s_ptr, gate_z_ptr) -> int:
+    """Bytes of a warp's part of a tile, of either weight."""
+    one, other = ((s_ptr, z_ptr), (gate_s_ptr, gate_z_ptr))
+    return PIECE.value + max(sum(group_bytes(group_size, ptr) for ptr in weight) for weight in (one, other))
+
+
+@triton.constexpr_function
+def barrier_bytes(stages: int) -> int:
+    return -(-8 * (SLOTS.value + WARPS.value * stages) // 128) * 128
+
+
+@triton.constexpr_function
+def adders(k_warps: int, x_tiles: int) -> int:
+    """How many threads, neighbours, add up a number of a tile: as many as there are."""
+    return k_warps * THREADS.value // (WARPS.value * 128 * x_tiles)
+
+
+@triton.constexpr_function
+def sums_words(k_warps: int, x_tiles: int) -> int:
+    """Words from the sums of one warp to those of the next. The adders of a number look at different banks."""
+    words, apart = 8 * x_tiles * COLUMN.value, adders(k_warps, x_tiles)
+    while apart > 1 and words * (k_warps // apart) % 32 != 32 // apart:
+        words += 1
+    return words
+
+
+@triton.constexpr_function
+def x_sums_bytes(group_size: int, x_tiles: int, *zeros) -> int:
+    """Of two columns of a warp's x, for its sums over groups, which real zeros are multiplied by."""
+    has_real_zeros = any(z is not None and not are_integers(z, group_size) for z in zeros)
+    return 2 * UNIT.value // group_size * x_tiles * 8 if has_real_zeros else 0
+
+
+@triton.constexpr_function
+def shared_bytes(stages: int, stage: int, k_warps: int, x_tiles: int, x_sums: int) -> int:
+    sums = 4 * SLOTS.value * WARPS.value * sums_words(k_warps, x_tiles)
+    return barrier_bytes(stages) + WARPS.value * (stages * stage + 4 * x_sums) + sums
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PTX
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def _begin_asm(stages: int) -> str:
+    of_slots = "\n".join(f"@first mbarrier.init.shared::cta.b64 [$1 + {8 * i}], {WARPS.value};" for i in range(SLOTS))
+    of_stages = "\n".join(
+        f"@leads mbarrier.init.shared::cta.b64 [$2 + {8 * WARPS.value * i}], 1;" for i in range(stages)
+    )
+    return f"""{{
+        .reg .pred first, leads;
+        setp.eq.u32 first, $3, 0;
+        setp.eq.u32 leads, $4, 0;
+        {of_slots}
+        {of_stages}
+        fence.proxy.async.shared::cta;
+        mov.u32 $0, 0;
+        }}"""
+
+
+@triton.constexpr_function
+def _fetch_asm(sizes: tuple[int, ...]) -> str:
+    """Copies of so many bytes, from $4, $5, ... one behind the other to $2. $3 times a size are twice the bytes from
+    there to a warp's own."""
+    copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+    copies, to = "", 0
+    for i, size in enumerate(sizes):
+        copies += (
+            f"mad.wide.u32 from, $3, {size // 2}, ${4 + i}; add.u32 to, $2, {to}; {copy} [to], [from], {size}, [$1];\n"
+        )
+        to += size
+    return f"""{{
+        .reg .pred follows;
+        .reg .u32 to, lane;
+        .reg .b64 from, state;
+        mov.u32 lane, %laneid;
+        setp.ne.u32 follows, lane, 0;
+        bar.warp.sync 0xffffffff;
+        @follows bra done;
+        mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], {to};
+        {copies}
+        done: mov.u32 $0, 0;
+        }}"""
+
+
+_WAIT = gl.constexpr("""{
+    .reg .pred done;
+    wait: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+    @!done bra wait;
+    mov.u32 $0, 0;
+    }""")
+_ARRIVE = gl.constexpr("""{
+    .reg .pred leads;
+    .reg .u32 lane;
+    .reg .b64 state;
+    mov.u32 lane, %laneid;
+    setp.eq.u32 leads, lane, 0;
+    bar.warp.sync 0xffffffff;
+    @leads mbarrier.arrive.shared::cta.b64 state, [$1];
+    mov.u32 $0, 0;
+    }""")
+_LOAD_X = gl.constexpr("""{
+    .reg .pred there;
+    setp.ne.u32 there, $5, 0;
+    mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+    @there ld.global.v4.b32 {$0, $1, $2, $3}, [$4];
+    }""")
+_PRODUCT_BF16, _PRODUCT_FP16 = (
+    gl.constexpr(
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{dtype}.{dtype}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    for dtype in ("bf16", "f16")
+)
+
+
+@triton.constexpr_function
+def _load_asm(offset: int, bits: int) -> str:
+    return {
+        16: f"{{ .reg .b16 h; ld.shared.b16 h, [$1 + {offset}]; cvt.u32.u16 $0, h; }}",
+        32: f"ld.shared.b32 $0, [$1 + {offset}];",
+        64: f"ld.shared.v2.b32 {{$0, $1}}, [$2 + {offset}];",
+        128: f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
+    }[bits]
+
+
+@triton.constexpr_function
+def _permute_asm(order: int) -> str:
+    return f"prmt.b32 $0, $1, $1, {order};"
+
+
+@triton.constexpr_function
+def _put_asm(offset: int) -> str:
+    """Sums of rows r and r + 8 and of two columns."""
+    at = [offset, offset + 4 * COLUMN.value, offset + 32, offset + 32 + 4 * COLUMN.value]
+    return " ".join(f"st.shared.f32 [$1 + {a}], ${2 + i};" for i, a in enumerate(at)) + " mov.u32 $0, 0;"
+
+
+@triton.constexpr_function
+def _put_pair_asm(offset: int) -> str:
+    return f"st.shared.v2.f32 [$1 + {offset}], {{$2, $3}}; mov.u32 $0, 0;"
+
+
+@gluon.jit
+def _wait(barrier, parity):
+    """Until a barrier's phase of this parity is over."""
+    gl.inline_asm_elementwise(_WAIT, "=r,r,r", [barrier, parity], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _load_four(at, OFFSET: gl.constexpr):
+    return gl.inline_asm_elementwise(
+        _load_asm(OFFSET, 128),
+        "=r,=r,=r,=r,r",
+        [at],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _load_pair(at, OFFSET: gl.constexpr):
+    """Two fp32."""
+    return gl.inline_asm_elementwise(
+        _load_asm(OFFSET, 64), "=f,=f,r", [at], dtype=(gl.float32, gl.float32), is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _product(w, x0, x1, sums, DTYPE: gl.constexpr):
+    """sums + w @ x: 16 rows, 8 columns, 16 of K."""
+    return gl.inline_asm_elementwise(
+        _PRODUCT_BF16 if DTYPE == gl.bfloat16 else _PRODUCT_FP16,
+        "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [w[0], w[1], w[2], w[3], x0, x1, sums[0], sums[1], sums[2], sums[3]],
+        dtype=(gl.float32, gl.float32, gl.float32, gl.float32),
+        is_pure=True,
+        pack=1,
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The kernel
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@gluon.jit(launch_metadata=int4_gemm_cost, do_not_specialize=["M"])
+def int4_stream_kernel(
+    x_ptr,  # [M, K], rows at multiples of 16 bytes
+    w_ptr,  # [N / 16, UNITS, 16, UNIT / 4] int16, fewer than 2**31
+    s_ptr,  # [N / 16, PAIRS, 16, 2]
+    z_ptr,  # like s_ptr, or None
+    gate_ptr,  # a second weight in the same form, or None: y = act(x @ gate.T) * (x @ W.T)
+    gate_s_ptr,
+    gate_z_ptr,
+    bias_ptr,  # [N] or None; not with a gate
+    y_ptr,  # [M, N], contiguous
+    M,
+    N,
+    K,  # a multiple of 2 * UNIT, at most 2 * UNIT * K_WARPS
+    stride_xm,
+    K_WARPS: gl.constexpr,  # share K: 16, or 8 where two times 8 take a tile each
+    X_TILES: gl.constexpr,  # of 8 rows of x
+    STAGES: gl.constexpr,
+    GROUP_SIZE: gl.constexpr,
+    ACTIVATION: gl.constexpr,  # of the gate
+    PDL: gl.constexpr,
+):
+    """Block b takes row tiles b, b + the number of blocks, and so on; of each the gate's first."""
+    WEIGHTS: gl.constexpr = 1 if gate_ptr is None else 2
+    TILES: gl.constexpr = WARPS // K_WARPS  # at once
+    STAGE: gl.constexpr = stage_bytes(GROUP_SIZE, s_ptr, z_ptr, gate_s_ptr, gate_z_ptr)
+    X_SUMS: gl.constexpr = x_sums_bytes(GROUP_SIZE, X_TILES, z_ptr, gate_z_ptr)
+    BYTES: gl.constexpr = shared_bytes(STAGES, STAGE, K_WARPS, X_TILES, X_SUMS)
+    SLOT: gl.constexpr = 4 * WARPS * sums_words(K_WARPS, X_TILES)
+    DTYPE: gl.constexpr = x_ptr.dtype.element_ty
+    weights = ((w_ptr, s_ptr, z_ptr),)
+    if gate_ptr is not None:
+        weights = ((gate_ptr, gate_s_ptr, gate_z_ptr), (w_ptr, s_ptr, z_ptr))
+    units = K // UNIT
+    row_tiles = (N + 15) // 16
+    block, blocks = gl.program_id(0), gl.num_programs(0)
+    count = ((row_tiles + TILES - 1) // TILES - block + blocks - 1) // blocks * WEIGHTS  # steps, of a tile of a weight
+
+    # All of shared memory is this; to make and end a barrier in it keeps the compiler from dropping it.
+    memory = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(memory.index(0), count=1)
+    mbarrier.invalidate(memory.index(0))
+    slots = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    thread = gl.arange(0, THREADS, THREAD)
+    warp, lane = thread // 32, thread % 32
+    stages = slots + 8 * SLOTS + warp * 8
+    ring = slots + barrier_bytes(STAGES) + warp * (STAGES * STAGE)
+    x_sums = slots + barrier_bytes(STAGES) + WARPS * (STAGES * STAGE) + (warp * 4 + lane % 4) * X_SUMS
+    sums = slots + barrier_bytes(STAGES) + WARPS * (STAGES * STAGE + 4 * X_SUMS)
+    gl.inline_asm_elementwise(
+        _begin_asm(STAGES), "=r,r,r,r,r", [gl.zeros_like(thread) + slots, stages, thread, lane], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+    # Warps whose units are past K multiply others by zeros; tiles past N repeat the last one.
+    k_warp = warp % K_WARPS
+    has_units = k_warp * 2 < units
+    first_unit = gl.where(has_units, k_warp * 2, 0)
+    last_unit = first_unit + (row_tiles - 1) * units
+    unit = first_unit + (block * TILES + warp // K_WARPS) * units  # of the tile that is asked for next
+    room = (stages, ring)
+    for i in gl.static_range(STAGES):
+        _fetch(weights[i % WEIGHTS], unit, last_unit, i, count, room, STAGES, STAGE, GROUP_SIZE)
+        if i % WEIGHTS == WEIGHTS - 1:
+            unit += blocks * TILES * units
+    gl.thread_barrier()
+    wait_for_previous(PDL)
+    x = _load_x(x_ptr, k_warp, lane, has_units, M, stride_xm, X_TILES)
+    if X_SUMS > 0:
+        _put_x_sums(x, x_sums, GROUP_SIZE, X_TILES, DTYPE)
+
+    to = sums + warp * (4 * sums_words(K_WARPS, X_TILES)) + (lane % 4 * (2 * COLUMN) + lane // 4) * 4
+    out = (bias_ptr, y_ptr, M, N)
+    gate = _nothing(K_WARPS, X_TILES)
+    for first in range(0, count, WEIGHTS):
+        for w in gl.static_range(WEIGHTS):
+            step = first + w
+            slot = step % SLOTS
+            at = ring + step % STAGES * STAGE
+            _wait(stages + step % STAGES * (8 * WARPS), gl.zeros_like(thread) + (step // STAGES & 1))
+            packed, scales, zeros = _read(weights[w], at, lane, GROUP_SIZE, X_TILES)
+            next_weight = weights[(w + STAGES) % WEIGHTS]
+            if X_TILES == 1:
+                _fetch(next_weight, unit, last_unit, step + STAGES, count, room, STAGES, STAGE, GROUP_SIZE)
+            total = _multiply(x, x_sums, packed, scales, zeros, weights[w], GROUP_SIZE, X_TILES, DTYPE)
+            if X_TILES > 1:  # so many registers are in use that not all has been read before
+                _fetch(next_weight, unit, last_unit, step + STAGES, count, room, STAGES, STAGE, GROUP_SIZE)
+            if (w + STAGES) % WEIGHTS == WEIGHTS - 1:
+                unit += blocks * TILES * units
+            for t in gl.static_range(X_TILES):
+                numbers = [to + slot * SLOT, total[t][0], total[t][1], total[t][2], total[t][3]]
+                gl.inline_asm_elementwise(
+                    _put_asm(t * 8 * COLUMN * 4), "=r,r,f,f,f,f", numbers, dtype=gl.int32, is_pure=False, pack=1
+                )
+            gl.inline_asm_elementwise(
+                _ARRIVE, "=r,r", [gl.zeros_like(thread) + (slots + slot * 8)], dtype=gl.int32, is_pure=False, pack=1
+            )
+            if step > 0:
+                acc = _add_up(slots, sums, step - 1, K_WARPS, X_TILES)
+                if w == 1:
+                    gate = acc
+                else:
+                    _store(acc, gate, out, (block + (first // WEIGHTS - 1) * blocks) * TILES, X_TILES, ACTIVATION)
+    if count > 0:
+        acc = _add_up(slots, sums, count - 1, K_WARPS, X_TILES)
+        _store(acc, gate, out, (block + (count // WEIGHTS - 1) * blocks) * TILES, X_TILES, ACTIVATION)
+
+
+@gluon.jit
+def _fetch(
+    weight, unit, last_unit, step, count, room, STAGES: gl.constexpr, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr
+):  # fmt: skip
+    """Asks for a warp's part of the tile of a step, from unit `unit` of the weight on or the last one, if there is such
+    a step. What was in its place the warp has read."""
+    w_ptr, s_ptr, z_ptr = weight
+    stages, ring = room
+    if step < count:
+        unit = gl.minimum(unit, last_unit)
+        barrier, to = stages + step % STAGES * (8 * WARPS), ring + step % STAGES * STAGE
+        w_from, s_from = _address(w_ptr, unit), _address(s_ptr, unit)
+        if z_ptr is None:
+            ASM: gl.constexpr = _fetch_asm((PIECE, group_bytes(GROUP_SIZE, s_ptr)))
+            sources = [barrier, to, unit, w_from, s_from]
+            gl.inline_asm_elementwise(ASM, "=r,r,r,r,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
+        else:
+            ASM: gl.constexpr = _fetch_asm((PIECE, group_bytes(GROUP_SIZE, s_ptr), group_bytes(GROUP_SIZE, z_ptr)))
+            sources = [barrier, to, unit, w_from, s_from, _address(z_ptr, unit)]
+            gl.inline_asm_elementwise(ASM, "=r,r,r,r,l,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _address(ptr, like):
+    return gl.zeros_like(like).to(gl.int64) + ptr.to(gl.int64)
+
+
+@gluon.jit
+def _load_x(x_ptr, k_warp, lane, has_units, M, stride_xm, X_TILES: gl.constexpr):
+    """What a warp's units meet: for each unit, plane and tile of x four words, in the order of columns that weights
+    have, which see: triton_gemm.py."""
+    x = ()
+    for u in gl.static_range(2):
+        for plane in gl.static_range(4):
+            for t in gl.static_range(X_TILES):
+                row = t * 8 + lane // 4
+                column = (k_warp * 2 + u) * UNIT + plane * (UNIT // 4) + lane % 4 * 8
+                at = (x_ptr + (row.to(gl.int64) * stride_xm + column)).to(gl.int64)
+                is_there = (has_units & (row < M)).to(gl.int32)
+                words = gl.inline_asm_elementwise(
+                    _LOAD_X, "=r,=r,=r,=r,l,r", [at, is_there],
+                    dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+                )  # fmt: skip
+                x = x + (words,)
+    return x
+
+
+@gluon.jit
+def _read(weight, at, lane, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr):
+    """(packed, scales, zeros) of a warp's part of a tile: for each unit and half of its rows four words; of scales and
+    zeros what _group asks for, where they are and those that have been read."""
+    w_ptr, s_ptr, z_ptr = weight
+    packed = ()
+    for i in gl.static_range(4):
+        packed = packed + (_load_four(at + lane * 16, i * 512),)
+    s_at = at + PIECE + lane // 4 * (2 * s_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    z_at = s_at
+    if z_ptr is not None:
+        z_at = at + (PIECE + group_bytes(GROUP_SIZE, s_ptr))
+        z_at += lane // 4 * (2 * z_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    scales, zeros = (), ()
+    if X_TILES == 1 or GROUP_SIZE == UNIT or z_ptr is None:  # else they are too many to hold: each is read when needed
+        scales, zeros = _read_groups(s_ptr, s_at, GROUP_SIZE), _read_groups(z_ptr, z_at, GROUP_SIZE)
+    return packed, (s_at, scales), (z_at, zeros)
+
+
+@gluon.jit
+def _read_groups(ptr, at, GROUP_SIZE: gl.constexpr):
+    """The scales, or zeros, of all groups of a warp, of its first unit and then of its second, as _read_group has them:
+    by pairs, in half as many words."""
+    found = ()
+    if ptr is not None:
+        SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+        for pair in gl.static_range(UNIT // GROUP_SIZE):
+            if SIZE == 4:
+                found = found + (_read_group(ptr, at, 2 * pair), _read_group(ptr, at, 2 * pair + 1))
+            else:
+                top, top_2 = _split(_load(at, pair * 64, gl.int32), ptr.dtype.element_ty)
+                low, low_2 = _split(_load(at, pair * 64 + 32, gl.int32), ptr.dtype.element_ty)
+                found = found + ((top, low), (top_2, low_2))
+    return found
+
+
+@gluon.jit
+def _read_group(ptr, at, GROUP: gl.constexpr):
+    """The scales, or zeros, of a group for rows r and r + 8: floats as fp32, of an int16 two in a word."""
+    SIZE: gl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
+    OFFSET: gl.constexpr = GROUP // 2 * (32 * SIZE) + GROUP % 2 * SIZE
+    return _load(at, OFFSET, ptr.dtype.element_ty), _load(at, OFFSET + 16 * SIZE, ptr.dtype.element_ty)
+
+
+@gluon.jit
+def _load(at, OFFSET: gl.constexpr, DTYPE: gl.constexpr):
+    """A number: floats as fp32, of an int16 two in a word."""
+    ASM: gl.constexpr = _load_asm(OFFSET, DTYPE.primitive_bitwidth)
+    if DTYPE == gl.float32:
+        return gl.inline_asm_elementwise(ASM, "=f,r", [at], dtype=gl.float32, is_pure=False, pack=1)
+    else:
+        word = gl.inline_asm_elementwise(ASM, "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1)
+        return word if DTYPE == gl.int32 else _split(word, DTYPE)[0]
+
+
+@gluon.jit
+def _split(word, DTYPE: gl.constexpr):
+    """The lower and the upper half of a word: floats as fp32, of an int16 two in a word."""
+    if DTYPE == gl.int16:
+        return _permute(word, 0x1010), _permute(word, 0x3232)
+    elif DTYPE == gl.bfloat16:
+        return (word << 16).to(gl.float32, bitcast=True), (word & -65536).to(gl.float32, bitcast=True)
+    else:
+        low, high = word.to(gl.int16), (word >> 16).to(gl.int16)
+        return low.to(DTYPE, bitcast=True).to(gl.float32), high.to(DTYPE, bitcast=True).to(gl.float32)
+
+
+@gluon.jit
+def _permute(word, BYTES: gl.constexpr):
+    return gl.inline_asm_elementwise(_permute_asm(BYTES), "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _put_x_sums(x, x_sums, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr, DTYPE: gl.constexpr):
+    """Sums of x over each group, made as products with ones: two columns for each group of a warp and tile of x."""
+    zero = gl.zeros_like(x[0][0]).to(gl.float32)
+    one = gl.full_like(x[0][0], 0x3F803F80 if DTYPE == gl.bfloat16 else 0x3C003C00)
+    PLANES: gl.constexpr = GROUP_SIZE // (UNIT // 4)  # a group
+    for group in gl.static_range(2 * UNIT // GROUP_SIZE):
+        for t in gl.static_range(X_TILES):
+            sums = (zero, zero, zero, zero)
+            for plane in gl.static_range(PLANES):
+                words = x[(group * PLANES + plane) * X_TILES + t]
+                sums = _product((one, one, one, one), words[0], words[1], sums, DTYPE)
+                sums = _product((one, one, one, one), words[2], words[3], sums, DTYPE)
+            gl.inline_asm_elementwise(
+                _put_pair_asm((group * X_TILES + t) * 8), "=r,r,f,f", [x_sums, sums[0], sums[1]], dtype=gl.int32,
+                is_pure=False, pack=1,
+            )  # fmt: skip
+
+
+@gluon.jit
+def _multiply(
+    x, x_sums, packed, scales, zeros, weight, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr, DTYPE: gl.constexpr
+):
+    """A warp's part of a tile, over UNPACKED: for each tile of x the sums of rows r and r + 8, of two columns each."""
+    w_ptr, s_ptr, z_ptr = weight
+    GROUPS: gl.constexpr = UNIT // GROUP_SIZE  # a unit
+    INTEGER_ZEROS: gl.constexpr = are_integers(z_ptr, GROUP_SIZE)
+    zero = gl.zeros_like(x_sums).to(gl.float32)
+    nothing = (zero, zero, zero, zero)
+    total = (nothing,) if X_TILES == 1 else (nothing, nothing)
+    sums = total + total  # of each unit
+    for plane in gl.static_range(4):
+        new = ()
+        for u in gl.static_range(2):
+            subtracted = (None, None)
+            if INTEGER_ZEROS:
+                subtracted = _group(zeros, z_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
+            of_unit = (sums[u],) if X_TILES == 1 else (sums[2 * u], sums[2 * u + 1])
+            for half in gl.static_range(2):  # of a plane
+                w = ()
+                for i in gl.static_range(4):
+                    words = packed[2 * u + i % 2][2 * half + i // 2]
+                    w = w + (unpack_words(words, subtracted[i % 2], plane, DTYPE),)
+                products = ()
+                for t in gl.static_range(X_TILES):
+                    words = x[(4 * u + plane) * X_TILES + t]
+                    products = products + (_product(w, words[2 * half], words[2 * half + 1], of_unit[t], DTYPE),)
+                of_unit = products
+            new = new + of_unit
+        sums = new
+        if (plane + 1) * 32 % GROUP_SIZE == 0:  # a group ends
+            for u in gl.static_range(2):
+                scale = _group(scales, s_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
+                if z_ptr is not None and not INTEGER_ZEROS:
+                    z = _group(zeros, z_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
+                    z = (8.0 - z[0]) * (1.0 / UNPACKED), (8.0 - z[1]) * (1.0 / UNPACKED)
+                new = ()
+                for t in gl.static_range(X_TILES):
+                    part = sums[u * X_TILES + t]
+                    if z_ptr is not None and not INTEGER_ZEROS:
+                        of_x = _load_pair(x_sums, ((u * GROUPS + plane * 32 // GROUP_SIZE) * X_TILES + t) * 8)
+                        part = (
+                            gl.fma(of_x[0], z[0], part[0]), gl.fma(of_x[1], z[0], part[1]),
+                            gl.fma(of_x[0], z[1], part[2]), gl.fma(of_x[1], z[1], part[3]),
+                        )  # fmt: skip
+                    scaled = ()
+                    for i in gl.static_range(4):
+                        scaled = scaled + (gl.fma(part[i], scale[i // 2], total[t][i]),)
+                    new = new + (scaled,)
+                total = new
+            sums = (nothing, nothing) if X_TILES == 1 else (nothing, nothing, nothing, nothing)
+    return total
+
+
+@gluon.jit
+def _group(groups, ptr, GROUP: gl.constexpr):
+    """What _read_group gives, of what _read says of scales or zeros."""
+    at, found = groups
+    return found[GROUP] if len(found) > 0 else _read_group(ptr, at, GROUP)
+
+
+@gluon.jit
+def _nothing(K_WARPS: gl.constexpr, X_TILES: gl.constexpr):
+    """Zeros, as what _add_up gives."""
+    ADDERS: gl.constexpr = adders(K_WARPS, X_TILES)
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ADDERS, ADDERS], [WARPS, 1], [1, 0])
+    return gl.zeros([THREADS // ADDERS], gl.float32, gl.SliceLayout(1, L))
+
+
+@gluon.jit
+def _add_up(slots, sums, step, K_WARPS: gl.constexpr, X_TILES: gl.constexpr):
+    """What the warps have of step `step`, added up when all have arrived, as add_warps would: fp32 [tiles at once *
+    columns * 16 rows], rows the fastest.
+
+    Why SLOTS = 4: a warp that writes the sums of step i has seen all arrive at step i - 2, and who arrived there had
+    read those of step i - 4, in whose place they go.
+    """
+    ADDERS: gl.constexpr = adders(K_WARPS, X_TILES)
+    SUMS: gl.constexpr = sums_words(K_WARPS, X_TILES)
+    like = _nothing(K_WARPS, X_TILES)
+    L: gl.constexpr = like.type.layout.parent
+    number = gl.arange(0, THREADS // ADDERS, like.type.layout)
+    adder = gl.arange(0, ADDERS, gl.SliceLayout(0, L))
+    if ADDERS == 4:  # which gl.sum takes in the order 0 + 2, 1 + 3
+        adder = adder % 2 * 2 + adder // 2
+    at = number // (128 * X_TILES) * (K_WARPS * SUMS) + number // 16 % (8 * X_TILES) * COLUMN + number % 16
+    at = at[:, None] + (adder * (K_WARPS // ADDERS * SUMS))[None, :] + step % SLOTS * (WARPS * SUMS)
+    at = at * 4 + sums
+    _wait(gl.zeros_like(at) + (slots + step % SLOTS * 8), gl.zeros_like(at) + (step // SLOTS & 1))
+    found = ()
+    for i in gl.static_range(K_WARPS // ADDERS):
+        found = found + (_load(at, i * SUMS * 4, gl.float32),)
+    return gl.sum(_tree(found), 1) * UNPACKED
+
+
+@gluon.jit
+def _tree(found):
+    """The sum of a power of two of tensors, neighbours first."""
+    if len(found) == 1:
+        return found[0]
+    else:
+        pairs = ()
+        for i in gl.static_range(len(found) // 2):
+            pairs = pairs + (found[2 * i] + found[2 * i + 1],)
+        return _tree(pairs)
+
+
+@gluon.jit
+def _store(acc, gate, out, row_tile, X_TILES: gl.constexpr, ACTIVATION: gl.constexpr):
+    """What _add_up gives of row tiles `row_tile` and on, to y."""
+    bias_ptr, y_ptr, M, N = out
+    number = gl.arange(0, acc.shape[0], acc.type.layout)
+    n = row_tile * 16 + number // (128 * X_TILES) * 16 + number % 16
+    m = number // 16 % (8 * X_TILES)
+    if ACTIVATION is not None:
+        acc *= activate(gate, ACTIVATION)
+    if bias_ptr is not None:
+        acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+    gl.store(y_ptr + m.to(gl.int64) * N + n, acc.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
