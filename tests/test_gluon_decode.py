@@ -69,7 +69,7 @@ def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, ga
     x_tiles = 1 if m <= 8 else 2
     x_sums = 256 // group_size * 8 * x_tiles if has_real_zeros else 0
     planned = gluon_decode.shared_bytes(config.stages, stage, config.k_warps, x_tiles, x_sums)
-    assert compiled.shared_memory == planned, "nothing of Triton's own"
+    assert compiled.shared_memory == planned, "nothing of Triton's own: the barrier at its end is in use to the end"
 
     lines = compiled.assembly.splitlines()
     labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
@@ -188,8 +188,15 @@ def test_rows_of_x_that_are_not_aligned_are_copied(poisoned, hopper):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "group_size", "k_warps"), [(17, 4096, 128, 16), (1, 4224, 128, 16), (1, 4096, 128, 8), (1, 4096, -1, 16)]
+    ("m", "k", "group_size", "k_warps"),
+    [(17, 4096, 128, 16), (1, 4224, 128, 16), (1, 4096, 128, 8), (1, 4096, -1, 16), (1, 4096, 256, 16)],
 )
 def test_shapes_that_it_does_not_take_are_refused(m, k, group_size, k_warps):
     with pytest.raises(ValueError, match=rf"M={m}, K={k}, group_size={group_size}: for StreamConfig"):
         triton_gemm.plan(m, 4096, k, group_size, Zeros.NONE, H100, StreamConfig(k_warps))
+
+
+@pytest.mark.parametrize(("k_warps", "stages"), [(4, 2), (10, 2), (12, 2), (32, 2), (8, 0), (16, 4)])
+def test_blocks_that_do_not_exist_are_refused(k_warps, stages):
+    with pytest.raises(ValueError, match=r"k_warps must be 8 or 16, and stages 1 to 3"):
+        StreamConfig(k_warps, stages)

@@ -78,8 +78,9 @@ def x_sums_bytes(group_size: int, x_tiles: int, *zeros) -> int:
 
 @triton.constexpr_function
 def shared_bytes(stages: int, stage: int, k_warps: int, x_tiles: int, x_sums: int) -> int:
+    """All of it, with a last barrier that nobody waits for."""
     sums = 4 * SLOTS.value * WARPS.value * sums_words(k_warps, x_tiles)
-    return barrier_bytes(stages) + WARPS.value * (stages * stage + 4 * x_sums) + sums
+    return barrier_bytes(stages) + WARPS.value * (stages * stage + 4 * x_sums) + sums + 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -254,6 +255,7 @@ def int4_stream_kernel(
     PDL: gl.constexpr,
 ):
     """Block b takes row tiles b, b + the number of blocks, and so on; of each the gate's first."""
+    gl.static_assert(K_WARPS == 8 or K_WARPS == 16)
     WEIGHTS: gl.constexpr = 1 if gate_ptr is None else 2
     TILES: gl.constexpr = WARPS // K_WARPS  # at once
     STAGE: gl.constexpr = stage_bytes(GROUP_SIZE, s_ptr, z_ptr, gate_s_ptr, gate_z_ptr)
@@ -269,10 +271,10 @@ def int4_stream_kernel(
     block, blocks = gl.program_id(0), gl.num_programs(0)
     count = ((row_tiles + TILES - 1) // TILES - block + blocks - 1) // blocks * WEIGHTS  # steps, of a tile of a weight
 
-    # All of shared memory is this; to make and end a barrier in it keeps the compiler from dropping it.
+    # All of shared memory is this, from its beginning. By a barrier that is made here and ends with the kernel Triton
+    # knows that it is in use so long, and puts nothing else there.
     memory = gl.allocate_shared_memory(gl.int64, [BYTES // 8, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(memory.index(0), count=1)
-    mbarrier.invalidate(memory.index(0))
+    mbarrier.init(memory.index(BYTES // 8 - 1), count=1)
     slots = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     thread = gl.arange(0, THREADS, THREAD)
     warp, lane = thread // 32, thread % 32
@@ -285,7 +287,8 @@ def int4_stream_kernel(
         is_pure=False, pack=1,
     )  # fmt: skip
 
-    # Warps whose units are past K multiply others by zeros; tiles past N repeat the last one.
+    # Warps whose units are past K multiply others by zeros (where a scale of those is no number, neither is the sum);
+    # tiles past N repeat the last one.
     k_warp = warp % K_WARPS
     has_units = k_warp * 2 < units
     first_unit = gl.where(has_units, k_warp * 2, 0)
@@ -293,7 +296,7 @@ def int4_stream_kernel(
     unit = first_unit + (block * TILES + warp // K_WARPS) * units  # of the tile that is asked for next
     room = (stages, ring)
     for i in gl.static_range(STAGES):
-        _fetch(weights[i % WEIGHTS], unit, last_unit, i, count, room, STAGES, STAGE, GROUP_SIZE)
+        _fetch(weights[i % WEIGHTS], unit, last_unit, i < count, i, room, STAGE, GROUP_SIZE)
         if i % WEIGHTS == WEIGHTS - 1:
             unit += blocks * TILES * units
     gl.thread_barrier()
@@ -308,16 +311,16 @@ def int4_stream_kernel(
     for first in range(0, count, WEIGHTS):
         for w in gl.static_range(WEIGHTS):
             step = first + w
-            slot = step % SLOTS
-            at = ring + step % STAGES * STAGE
-            _wait(stages + step % STAGES * (8 * WARPS), gl.zeros_like(thread) + (step // STAGES & 1))
+            stage, slot = step % STAGES, step % SLOTS
+            at = ring + stage * STAGE
+            _wait(stages + stage * (8 * WARPS), gl.zeros_like(thread) + (step // STAGES & 1))
             packed, scales, zeros = _read(weights[w], at, lane, GROUP_SIZE, X_TILES)
             next_weight = weights[(w + STAGES) % WEIGHTS]
             if X_TILES == 1:
-                _fetch(next_weight, unit, last_unit, step + STAGES, count, room, STAGES, STAGE, GROUP_SIZE)
+                _fetch(next_weight, unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
             total = _multiply(x, x_sums, packed, scales, zeros, weights[w], GROUP_SIZE, X_TILES, DTYPE)
             if X_TILES > 1:  # so many registers are in use that not all has been read before
-                _fetch(next_weight, unit, last_unit, step + STAGES, count, room, STAGES, STAGE, GROUP_SIZE)
+                _fetch(next_weight, unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
             if (w + STAGES) % WEIGHTS == WEIGHTS - 1:
                 unit += blocks * TILES * units
             for t in gl.static_range(X_TILES):
@@ -337,19 +340,19 @@ def int4_stream_kernel(
     if count > 0:
         acc = _add_up(slots, sums, count - 1, K_WARPS, X_TILES)
         _store(acc, gate, out, (block + (count // WEIGHTS - 1) * blocks) * TILES, X_TILES, ACTIVATION)
+    mbarrier.invalidate(memory.index(BYTES // 8 - 1))
 
 
 @gluon.jit
-def _fetch(
-    weight, unit, last_unit, step, count, room, STAGES: gl.constexpr, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr
-):  # fmt: skip
-    """Asks for a warp's part of the tile of a step, from unit `unit` of the weight on or the last one, if there is such
-    a step. What was in its place the warp has read."""
+def _fetch(weight, unit, last_unit, is_there, stage, room, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr):
+    """Asks for a warp's part of a tile, from unit `unit` of the weight on or the last one, if there is such a tile. The
+    warp has read what was in its stage: bar.warp.sync in the PTX is for that. (No fence stands between such reads and a
+    copy, as in CUTLASS's pipelines.)"""
     w_ptr, s_ptr, z_ptr = weight
     stages, ring = room
-    if step < count:
+    if is_there:
         unit = gl.minimum(unit, last_unit)
-        barrier, to = stages + step % STAGES * (8 * WARPS), ring + step % STAGES * STAGE
+        barrier, to = stages + stage * (8 * WARPS), ring + stage * STAGE
         w_from, s_from = _address(w_ptr, unit), _address(s_ptr, unit)
         if z_ptr is None:
             ASM: gl.constexpr = _fetch_asm((PIECE, group_bytes(GROUP_SIZE, s_ptr)))

@@ -50,6 +50,9 @@ class DecodeConfig:
         return self.splits * self.warps * self.warp_units >= units
 
 
+STREAM_GROUPS = 32, 64, 128  # sizes that StreamConfig's kernel knows
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """One block an SM, of 16 warps, takes one tile of rows of W after the other (gluon_decode.py); `k_warps` of its
@@ -57,6 +60,10 @@ class StreamConfig:
 
     k_warps: int
     stages: int = 2
+
+    def __post_init__(self):
+        if self.k_warps not in (8, 16) or not 1 <= self.stages <= 3:
+            raise ValueError(f"{self}: k_warps must be 8 or 16, and stages 1 to 3")
 
     @property
     def in_triton(self) -> DecodeConfig:
@@ -129,7 +136,7 @@ def _stream_config(n: int, k: int, group_size: int, facts: DeviceFacts, gated: b
 
     Swept on an H200, 2026-12-01: see docs/notes/int4-gemm.md.
     """
-    if not runs_in_gluon(k, facts) or k % 256 or group_size == -1 or n * k >= 2**32:
+    if not runs_in_gluon(k, facts) or k % 256 or group_size not in STREAM_GROUPS or n * k >= 2**32:
         return None
     k_warps = 8 if k <= 2048 else 16
     if not 7 / 8 <= k / (256 * k_warps) <= 1:

@@ -37,6 +37,7 @@ from torch import Tensor
 from tiny_gemm.device import INTERPRETED, DeviceFacts, counters, device_facts, scratch, set_up_counters, tensor_bytes
 from tiny_gemm.int4_config import (
     DECODE_ROWS,
+    STREAM_GROUPS,
     DecodeConfig,
     HopperConfig,
     PrefillConfig,
@@ -1120,10 +1121,10 @@ def plan(
         else:
             config = pick_config(m, n, k, group_size, zeros, facts)
     if isinstance(config, StreamConfig):
-        if m > DECODE_ROWS or k % 256 or k > 256 * config.k_warps or group_size == -1:
+        if m > DECODE_ROWS or k % 256 or k > 256 * config.k_warps or group_size not in STREAM_GROUPS:
             raise ValueError(
                 f"int4_gemm: M={m}, K={k}, group_size={group_size}: for {config} M must be at most {DECODE_ROWS}, K a "
-                f"multiple of 256 and at most {256 * config.k_warps}, and a channel have groups"
+                f"multiple of 256 and at most {256 * config.k_warps}, and a group of {STREAM_GROUPS}"
             )
         launcher = _stream_launcher(config, 1 if m <= 8 else 2, group_size, activation, facts)
         return Launch(launcher, (min(-(-n * config.k_warps // 256), facts.sm_count), 1, 1))
