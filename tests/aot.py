@@ -155,6 +155,14 @@ def check(compiled: Compiled, *, tensor_cores: bool = True, vector_loads: bool =
     assert not vector_loads or compiled.count(*_VECTOR_LOADS), f"{compiled}: no 128-bit load"
 
 
+def loops(sass: str) -> list[tuple[int, int]]:
+    """Of each loop the numbers of its first line and of the jump back to it, in the order of the jumps."""
+    lines = sass.splitlines()
+    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    jumps = ((labels[m[1]], i) for i, line in enumerate(lines) if (m := re.search(r" BRA `\((\.L_\w+)\)", line)))
+    return [(begin, end) for begin, end in jumps if begin < end]
+
+
 def _gpu_target(target: str) -> GPUTarget:
     if target.startswith("gfx"):
         return GPUTarget("hip", target, 64)

@@ -60,6 +60,12 @@ def poisoned():
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel in Gluon is for Hopper")
+
+
 def assert_close(actual: torch.Tensor, oracle: torch.Tensor, *, dtype: torch.dtype | None = None, factor: float = 1.0):
     """Compares `actual` with a float64 `oracle` under TOLERANCES[dtype], by default that of `actual`'s own dtype.
 

@@ -700,7 +700,7 @@ def test_compiles_for_blocks_that_take_turns(target, D, Lmax):
     aot.check(compiled)
     if target == "sm_90":
         check_room(compiled, config, 4, D, 2)
-        over_splits = next(body for body in loops(compiled.assembly) if any("BAR.SYNC" in line for line in body))
+        over_splits = next(body for body in bodies(compiled.assembly) if any("BAR.SYNC" in line for line in body))
         before_meeting = "\n".join(over_splits).partition("BAR.SYNC")[0].rpartition(" BRA ")[2]
         assert before_meeting.count(" LDG.E.128") == 8 * config.tiles * D // 64, "the next split's first tile"
         check_arrival(compiled.assembly)
@@ -767,17 +767,15 @@ def check_room(compiled, config, group, D, itemsize, plain=True):
     assert decode.blocks_per_sm(config, group, D, itemsize, plain) <= min(in_registers, in_shared)
 
 
-def loops(sass: str) -> list[list[str]]:
+def bodies(sass: str) -> list[list[str]]:
     """The lines of each loop."""
     lines = sass.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_x_")}
-    jumps = ((labels.get(line.split("`(")[1].split(")")[0], i), i) for i, line in enumerate(lines) if " BRA `(" in line)
-    return [lines[start:end] for start, end in jumps if start < end]
+    return [lines[begin:end] for begin, end in aot.loops(sass)]
 
 
 def check_loop(sass: str):
     """In the loop over tiles all keys and values are asked for before the first product."""
-    body = next(body for body in reversed(loops(sass)) if any("MMA." in line for line in body))
+    body = next(body for body in reversed(bodies(sass)) if any("MMA." in line for line in body))
     assert max(i for i, line in enumerate(body) if " LDG.E.128" in line) < min(
         i for i, line in enumerate(body) if "MMA." in line
     )

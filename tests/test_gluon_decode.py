@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import assert_close
 from int4_weights import every_kind_of_zeros, quantized
+from test_gluon_gemm import multiply
 from test_int4_config import H100
 from test_triton_gemm import compile_planned
 
@@ -18,12 +19,6 @@ from tiny_gemm.quantize_utils import quantize
 from tiny_gemm.reference import int4_gated_linear_ref, int4_gemm_ref
 
 pytestmark = pytest.mark.skipif(not int4_config.IN_GLUON, reason="the kernel in Gluon was written for Triton 3.6")
-
-
-@pytest.fixture
-def hopper():
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the kernel in Gluon is for Hopper")
 
 
 @pytest.mark.aot
@@ -72,26 +67,16 @@ def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, ga
     assert compiled.shared_memory == planned, "nothing of Triton's own: the barrier at its end is in use to the end"
 
     lines = compiled.assembly.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
     products = [i for i, line in enumerate(lines) if " HMMA" in line]
-    jumps = {i: labels[t[1]] for i, line in enumerate(lines) if (t := re.search(r" BRA\S* `\((\.L_\w+)\)", line))}
     count = 16 * x_tiles * (2 if gate else 1)  # those before are of the sums of x
-    around = [
-        (end - begin, begin, end) for end, begin in jumps.items() if begin < products[-count] < products[-1] < end
-    ]
-    _, begin, end = min(around)
-    loop = lines[begin:end]
+    around = [loop for loop in aot.loops(compiled.assembly) if loop[0] < products[-count] < products[-1] < loop[1]]
+    loop = lines[slice(*min(around, key=lambda loop: loop[1] - loop[0]))]
     assert sum(" HMMA" in line for line in loop) == count
     found = [line for line in loop if re.search(r" (BAR\.|LDG|MEMBAR)", line)]
     assert all(" LDG.E.U16 " in line for line in found), "the bias alone is read there"
     fetches = [i for i, line in enumerate(loop) if "UBLKCP" in line]
     read = [i for i, line in enumerate(loop) if re.search(r" LDS\.128", line)]
     assert sum(i < fetches[0] for i in read) >= 4, "what was read makes room"
-
-
-def multiply(x, weight, config=None, bias=None):
-    parts = weight.packed, weight.scales, weight.zeros, bias, weight.group_size, weight.shape[0]
-    return triton_gemm.int4_gemm(x, *parts, config)
 
 
 def multiply_gated(x, weight, gate, config=None):
@@ -200,3 +185,24 @@ def test_shapes_that_it_does_not_take_are_refused(m, k, group_size, k_warps):
 def test_blocks_that_do_not_exist_are_refused(k_warps, stages):
     with pytest.raises(ValueError, match=r"k_warps must be 8 or 16, and stages 1 to 3"):
         StreamConfig(k_warps, stages)
+
+
+def test_rows_of_x_that_are_not_aligned_are_copied_before_the_launch(monkeypatch):
+    """The same on a CPU: which x a launch is handed."""
+    handed = []
+    monkeypatch.setattr(triton_gemm, "_fixed_launch", lambda *_: triton_gemm.Fixed(handed.append, 0, 0, streams=True))
+    weight = quantize(torch.randn(32, 256), 128)
+    wide = torch.randn(4, 300, dtype=torch.bfloat16)
+    for x, copies in (
+        (wide[:, 3:259], True),
+        (wide[:, 8:264], True),
+        (wide[:1, 8:264], False),
+        (wide[:1, 1:257], True),
+    ):
+        multiply(x, weight)
+        multiply_gated(x, weight, weight)
+        for launch in handed:
+            assert torch.equal(launch[0], x) and launch[0].data_ptr() % 16 == 0
+            assert (launch[0].data_ptr() != x.data_ptr()) == copies
+        assert len(handed) == 2
+        handed.clear()

@@ -541,13 +541,12 @@ def steps_of_products(compiled):
     products left running sums of a step were wrong, in some blocks.)
     """
     lines = compiled.assembly.splitlines()
-    labels = {line.strip().rstrip(":"): i for i, line in enumerate(lines) if line.startswith(".L_")}
+    loops = aot.loops(compiled.assembly)
     products = [i for i, line in enumerate(lines) if " HGMMA" in line]
     waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR.LE gsb0, 0x0" in line]
-    targets = {i: labels[m[1]] for i, line in enumerate(lines) if (m := re.search(r" BRA `\((\.L_\w+)\)", line))}
-    around = [[(end - begin, begin, end) for end, begin in targets.items() if begin < i < end] for i in products]
+    around = [[(end - begin, begin, end) for begin, end in loops if begin < i < end] for i in products]
     assert products and all(around), "a loop around each product"
-    steps = sorted({min(loops)[1:] for loops in around})
+    steps = sorted({min(sizes)[1:] for sizes in around})
     for _begin, end in steps:
         last = max(i for i in products if i < end)
         assert any(last < i < end for i in waits), "all products end before the step does"

@@ -98,11 +98,11 @@ class HopperConfig(SplitConfig):
     """The same of the kernel in Gluon: block_n is 128 or 256, num_warps 4, those of one of its three parts."""
 
 
-IN_GLUON = triton.__version__.startswith("3.6.")  # for which gluon_gemm.py was written
+IN_GLUON = triton.__version__.startswith("3.6.")  # for which gluon_decode.py and gluon_gemm.py were written
 
 
 def runs_in_gluon(k: int, facts: DeviceFacts) -> bool:
-    """Whether the kernel in Gluon takes weights of k columns on this chip."""
+    """Whether the kernels in Gluon may take weights of k columns on this chip."""
     return IN_GLUON and facts.is_nvidia and facts.capability == (9, 0) and unit_k(k) == 128
 
 

@@ -1161,15 +1161,17 @@ def plan(
 
 
 class Fixed(NamedTuple):
-    """A Launch of one shape. streams: it is int4_stream_kernel, which reads rows of x 16 bytes at a time."""
+    """A Launch of one shape. streams: it is int4_stream_kernel."""
 
     launch: FixedLaunch
     partials: int
     arrivals: int
     streams: bool
 
-    def misreads(self, x: Tensor, stride: int) -> bool:
-        return self.streams and (x.data_ptr() | 2 * stride) % 16 != 0
+
+def _is_misread(x: Tensor, stride: int) -> bool:
+    """Whether int4_stream_kernel, which reads rows of x 16 bytes at a time, cannot read these."""
+    return (x.data_ptr() | 2 * stride) % 16 != 0
 
 
 @lru_cache(maxsize=4096)
@@ -1316,7 +1318,7 @@ def int4_gemm(
     dtypes = x.dtype, scales.dtype, None if bias is None else bias.dtype
     stride = x.stride(0) if m > 1 else k  # of one row it is any
     found = _fixed_launch(m, out_features, k, stride, (zero_dtype,), dtypes, group_size, device, config)
-    if found.misreads(x, stride):
+    if found.streams and _is_misread(x, stride):
         x = x.clone(memory_format=torch.contiguous_format)
         return int4_gemm(x, packed, scales, zeros, bias, group_size, out_features, config)
     launch = found.launch
@@ -1376,7 +1378,7 @@ def int4_gated_linear(
     dtypes = x.dtype, scales.dtype, gate_scales.dtype
     stride = x.stride(0) if m > 1 else k
     found = _fixed_launch(m, out_features, k, stride, zero_dtypes, dtypes, group_size, x.device, config, activation)
-    if found.misreads(x, stride):
+    if found.streams and _is_misread(x, stride):
         x = x.clone(memory_format=torch.contiguous_format)
         gate = gate_packed, gate_scales, gate_zeros
         return int4_gated_linear(x, packed, scales, zeros, *gate, group_size, out_features, activation, config)
