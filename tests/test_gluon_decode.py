@@ -2,6 +2,7 @@
 interpreter knows no Gluon, and no other chip takes it: what the interpreter runs is `_int4_decode_kernel`, whose bits
 these are."""
 
+import dataclasses
 import re
 
 import aot
@@ -17,6 +18,12 @@ from tiny_gemm import int4_config, ops, triton_gemm
 from tiny_gemm.int4_config import StreamConfig, Zeros
 from tiny_gemm.quantize_utils import quantize
 from tiny_gemm.reference import int4_gated_linear_ref, int4_gemm_ref
+
+
+def stream_config(k):
+    """For so many columns, as few blocks a cluster as there may be."""
+    return StreamConfig(8 if k <= 2048 else 16, cluster=-(-k // 4096))
+
 
 pytestmark = pytest.mark.skipif(not int4_config.IN_GLUON, reason="the kernel in Gluon was written for Triton 3.6")
 
@@ -37,15 +44,20 @@ pytestmark = pytest.mark.skipif(not int4_config.IN_GLUON, reason="the kernel in 
         (2048, 32, "*fp16", "*fp16", ("*fp32", "*fp32"), "fp16", (24, 32)),
         (4096, 32, "*fp32", "*fp32", ("*fp32", "*fp32"), "fp16", (16, 32)),
         (4096, 128, "*fp16", "*i16", ("*fp32", "*fp32"), "bf16", (0, 24)),
+        (8192, 128, "*fp16", None, None, "bf16", (0, 0)),
+        (8192, 128, "*fp16", "*i16", ("*fp16", "*i16"), "bf16", (0, 16)),
+        (8192, 32, "*fp32", "*fp32", ("*fp32", "*fp32"), "fp16", (16, 40)),
+        (14336, 128, "*bf16", "*bf16", None, "bf16", (0, 16)),
+        (28672, 32, "*fp16", "*i16", None, "bf16", (0, 16)),
     ],
     ids=str,
 )
 def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, gate, dtype, spills, m):
     """No barrier of the block stands in a loop around products; x stays in registers; all of shared memory is what the
-    kernel planned, as it addresses it by number."""
+    kernel planned, as it addresses it by number; blocks of a cluster send each other their sums."""
     from tiny_gemm import gluon_decode
 
-    config = StreamConfig(8 if k <= 2048 else 16)
+    config = stream_config(k)
     activation, others = None, {"bias_ptr": "*bf16"}
     if gate:
         activation, others = "silu", {"gate_ptr": "*i16", "gate_s_ptr": gate[0], "gate_z_ptr": gate[1]}
@@ -63,7 +75,7 @@ def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, ga
     stage = max(size_of(scales, zeros), size_of(*gate) if gate else 0)
     x_tiles = 1 if m <= 8 else 2
     x_sums = 256 // group_size * 8 * x_tiles if has_real_zeros else 0
-    planned = gluon_decode.shared_bytes(config.stages, stage, config.k_warps, x_tiles, x_sums)
+    planned = gluon_decode.shared_bytes(stage, config.k_warps, x_tiles, x_sums, config.cluster, 2 if gate else 1)
     assert compiled.shared_memory == planned, "nothing of Triton's own: the barrier at its end is in use to the end"
 
     lines = compiled.assembly.splitlines()
@@ -77,6 +89,8 @@ def test_no_warp_waits_for_another_but_for_sums(k, group_size, scales, zeros, ga
     fetches = [i for i, line in enumerate(loop) if "UBLKCP" in line]
     read = [i for i, line in enumerate(loop) if re.search(r" LDS\.128", line)]
     assert sum(i < fetches[0] for i in read) >= 4, "what was read makes room"
+    sends = [i for i, line in enumerate(loop) if re.search(r"\bSTAS\b", line)]
+    assert len(sends) == (config.cluster > 1) * (2 if gate else 1), "a thread sends a number of each step"
 
 
 def multiply_gated(x, weight, gate, config=None):
@@ -101,12 +115,14 @@ KINDS = pytest.mark.parametrize(
 @KINDS
 @pytest.mark.parametrize(
     ("n", "k"),
-    [(28672, 4096), (18941, 3584), (16 * 133, 3840), (4097, 2048), (100, 1792), (40, 256), (16, 2304)],
+    [(28672, 4096), (18941, 3584), (16 * 133, 3840), (4097, 2048), (100, 1792), (40, 256), (16, 2304)]
+    + [(28672, 7168), (8177, 8192), (8192, 14336), (1000, 28672), (60, 10752), (16, 5120)],
     ids=str,
 )
 def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_size, zeros, poisoned, hopper):
-    """More tiles than blocks and fewer, rows past N, warps without units, rows of x from one to all; twice."""
-    config = StreamConfig(8 if k <= 2048 else 16)
+    """More tiles than blocks and fewer, rows past N, warps without units, rows of x from one to all; twice. In clusters
+    also more steps than have room, and as many of each block as of its neighbour or fewer."""
+    config = stream_config(k)
     weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     bias = torch.randn(n, device="cuda", dtype=dtype)
     x = torch.randn(16, k, device="cuda", dtype=dtype)
@@ -118,33 +134,51 @@ def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_
 
 
 @pytest.mark.gpu
+@every_kind_of_zeros
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize(("n", "k"), [(20001, 4096), (130, 3584)], ids=str)
+def test_of_a_vocabulary_two_blocks_take_two_tiles_at_once(n, k, group_size, zeros, poisoned, hopper):
+    config = StreamConfig(8, cluster=2)
+    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros)
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
+    assert_close(multiply(x, weight, config), int4_gemm_ref(x, weight))
+    whole = multiply(x, weight, config.in_triton)
+    for m in (1, 8, 9, 16):
+        assert torch.equal(multiply(x[:m], weight, config), whole[:m]), m
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("zeros", "gate_zeros"),
     [(zeros, zeros) for zeros in Zeros] + [(Zeros.INTEGER, Zeros.REAL), (Zeros.REAL, Zeros.INTEGER)],
     ids=lambda z: z.value,
 )
 @KINDS
-@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (1100, 3584), (8177, 2048), (33, 1792)], ids=str)
+@pytest.mark.parametrize(
+    ("n", "k"), [(14336, 4096), (1100, 3584), (8177, 2048), (33, 1792), (7777, 7168), (100, 14336)], ids=str
+)
 def test_gated_pairs_too(n, k, dtype, scale_dtype, group_size, zeros, gate_zeros, poisoned, hopper):
-    """Also where the two weights have scales and zeros of different kinds."""
-    config = StreamConfig(8 if k <= 2048 else 16)
+    """Also where the two weights have scales and zeros of different kinds. (The kernel in Triton does not split pairs:
+    of clusters all rows of x are compared with fewer of them.)"""
+    config = stream_config(k)
     weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     gate = quantized(torch.randn(n, k, device="cuda") / 16, group_size, gate_zeros, scale_dtype=torch.float16)
     x = torch.randn(16, k, device="cuda", dtype=dtype) / 16
     oracle = int4_gated_linear_ref(x, weight, gate)
     assert_close(multiply_gated(x, weight, gate, config), oracle)
-    whole = multiply_gated(x, weight, gate, config.in_triton)
+    whole = multiply_gated(x, weight, gate, config.in_triton if config.cluster == 1 else config)
     for m in (1, 8, 11, 16):
         assert torch.equal(multiply_gated(x[:m], weight, gate, config), whole[:m]), m
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 16])
-def test_the_same_bits_in_a_thousand_replays(m, poisoned, hopper):
+@pytest.mark.parametrize(("n", "k", "cluster"), [(28672, 4096, 1), (128256, 4096, 2), (4096, 14336, 4)])
+def test_the_same_bits_in_a_thousand_replays(n, k, cluster, m, poisoned, hopper):
     """In a graph beside launches on another stream."""
-    weight = quantized(torch.randn(28672, 4096, device="cuda"), 128, Zeros.INTEGER)
-    x = torch.randn(m, 4096, device="cuda", dtype=torch.bfloat16)
-    assert isinstance(int4_config.pick_config(m, 28672, 4096, 128, Zeros.INTEGER, H100), StreamConfig)
+    weight = quantized(torch.randn(n, k, device="cuda"), 128, Zeros.INTEGER)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    assert int4_config.pick_config(m, n, k, 128, Zeros.INTEGER, H100).cluster == cluster
     expected = multiply(x, weight)
     assert_close(expected, int4_gemm_ref(x, weight))
     graph = torch.cuda.CUDAGraph()
@@ -173,18 +207,35 @@ def test_rows_of_x_that_are_not_aligned_are_copied(poisoned, hopper):
 
 
 @pytest.mark.parametrize(
-    ("m", "k", "group_size", "k_warps"),
-    [(17, 4096, 128, 16), (1, 4224, 128, 16), (1, 4096, 128, 8), (1, 4096, -1, 16), (1, 4096, 256, 16)],
+    ("m", "k", "group_size", "config"),
+    [
+        (17, 4096, 128, (16,)),
+        (1, 4224, 128, (16, 2)),
+        (1, 4096, 128, (8,)),
+        (1, 8448, 128, (16, 2)),
+        (1, 4096, -1, (16,)),
+        (1, 4096, 256, (16,)),
+    ],
 )
-def test_shapes_that_it_does_not_take_are_refused(m, k, group_size, k_warps):
+def test_shapes_that_it_does_not_take_are_refused(m, k, group_size, config):
     with pytest.raises(ValueError, match=rf"M={m}, K={k}, group_size={group_size}: for StreamConfig"):
-        triton_gemm.plan(m, 4096, k, group_size, Zeros.NONE, H100, StreamConfig(k_warps))
+        triton_gemm.plan(m, 4096, k, group_size, Zeros.NONE, H100, StreamConfig(*config))
 
 
-@pytest.mark.parametrize(("k_warps", "stages"), [(4, 2), (10, 2), (12, 2), (32, 2), (8, 0), (16, 4)])
-def test_blocks_that_do_not_exist_are_refused(k_warps, stages):
-    with pytest.raises(ValueError, match=r"k_warps must be 8 or 16, and stages 1 to 3"):
-        StreamConfig(k_warps, stages)
+@pytest.mark.parametrize(("k_warps", "cluster"), [(4, 1), (10, 1), (12, 1), (32, 1), (8, 0), (16, 9)])
+def test_blocks_that_do_not_exist_are_refused(k_warps, cluster):
+    with pytest.raises(ValueError, match=r"k_warps must be 8 or 16, and cluster 1 to 8"):
+        StreamConfig(k_warps, cluster)
+
+
+@pytest.mark.parametrize(("room", "expected"), [((), 33), ((132, 66, 39, 30, 22, 17, 15, 15), 30)])
+def test_a_launch_has_as_many_clusters_as_find_room_at_once(room, expected):
+    """More would come in a second wave."""
+    facts = dataclasses.replace(H100, cluster_room=room)
+    launch = triton_gemm.plan(1, 28672, 14336, 128, Zeros.NONE, facts, StreamConfig(16, cluster=4))
+    assert launch.grid == (expected, 1, 1) and launch.launcher.cluster == 4
+    few = triton_gemm.plan(1, 100, 14336, 128, Zeros.NONE, facts, StreamConfig(16, cluster=4))
+    assert few.grid == (7, 1, 1), "no more than there are row tiles"
 
 
 def test_rows_of_x_that_are_not_aligned_are_copied_before_the_launch(monkeypatch):

@@ -168,35 +168,47 @@ def test_decode_blocks_that_were_fastest(n, k, group_size, zeros, gated, at_1, a
 
 
 @pytest.mark.parametrize(
-    ("n", "k", "gated", "group_size", "k_warps"),
+    ("n", "k", "gated", "group_size", "config"),
     [
-        (28672, 4096, False, 128, 16),
-        (28672, 4096, False, 32, 16),
-        (14336, 4096, False, 128, 16),
-        (14336, 4096, True, 32, 16),
-        (6144, 4096, True, 128, 16),
-        (18944, 3584, True, 64, 16),
-        (128256, 4096, False, 128, 16),
-        (151936, 2048, False, 128, 8),
-        (8192, 2048, True, 128, 8),
-        (11008, 2048, True, 32, 8),
-        (11008, 4096, False, 128, 16),
-        (9728, 4096, False, 32, 16),
+        (28672, 4096, False, 128, (16,)),
+        (28672, 4096, False, 32, (16,)),
+        (14336, 4096, False, 128, (16,)),
+        (14336, 4096, True, 32, (16,)),
+        (6144, 4096, True, 128, (16,)),
+        (18944, 3584, True, 64, (16,)),
+        (128256, 4096, False, 128, (8, 2)),
+        (152064, 3584, False, 32, (8, 2)),
+        (151936, 2048, False, 128, (8,)),
+        (8192, 2048, True, 128, (8,)),
+        (11008, 2048, True, 32, (8,)),
+        (11008, 4096, False, 128, (16,)),
+        (9728, 4096, False, 32, (16,)),
         (6144, 4096, False, 128, None),  # too few tiles
         (8192, 2048, True, 32, None),
         (16384, 2048, False, 128, None),
         (8192, 3072, True, 128, None),  # a quarter of the warps without work
         (28672, 4096, False, -1, None),
         (32768, 4224, False, 128, None),  # K is no multiple of 256
-        (28672, 8192, False, 128, None),
+        (28672, 8192, False, 128, (16, 2)),
+        (28672, 8192, True, 32, (16, 2)),
+        (18432, 7168, True, 128, (16, 2)),
+        (4096, 8192, False, 128, (16, 2)),
+        (3072, 8192, False, 128, None),
+        (24576, 6144, True, 128, None),  # a quarter of the warps without work
+        (4096, 12288, False, 128, (16, 3)),
+        (4096, 11008, False, 128, None),  # the last of its steps would be half empty
+        (4096, 14336, False, 128, (16, 4)),
+        (5120, 17408, False, 128, (16, 5)),
+        (8192, 28672, False, 128, (16, 8)),
+        (16384, 53248, False, 128, None),  # thirteen blocks
         (2**20, 4096, False, 128, None),  # more bytes than its offsets reach
     ],
     ids=str,
 )
-def test_weights_that_stream_through_one_block_an_sm(n, k, gated, group_size, k_warps, in_gluon):
+def test_weights_that_stream_through_one_block_an_sm(n, k, gated, group_size, config, in_gluon):
     """On Hopper, whatever the zeros and the batch."""
     for zeros, m in itertools.product(Zeros, (1, 8, 9, 16)):
-        expected = StreamConfig(k_warps) if k_warps and in_gluon else None
+        expected = StreamConfig(*config) if config and in_gluon else None
         for facts in (H100, SMALL_CHIP, AMD_CHIP, MI250X):
             c = pick_decode_config(m, n, k, group_size, zeros, facts, gated=gated)
             assert (c if isinstance(c, StreamConfig) else None) == (expected if facts is H100 else None)
@@ -204,6 +216,17 @@ def test_weights_that_stream_through_one_block_an_sm(n, k, gated, group_size, k_
             c = pick_config(m, n, k, group_size, zeros, H100)
             assert (c if isinstance(c, StreamConfig) else None) == expected
     assert not isinstance(pick_config(17, n, k, group_size, Zeros.NONE, H100), StreamConfig)
+
+
+def test_what_a_chip_has_no_room_for_is_not_chosen(monkeypatch):
+    """And in small groups with real zeros some clusters are slower."""
+    monkeypatch.setattr(int4_config, "IN_GLUON", True)
+    assert pick_config(1, 4096, 14336, 32, Zeros.INTEGER, H100) == StreamConfig(16, cluster=4)
+    assert isinstance(pick_config(1, 4096, 14336, 32, Zeros.REAL, H100), DecodeConfig)
+    assert isinstance(pick_config(1, 4096, 8192, 64, Zeros.REAL, H100), DecodeConfig)
+    assert pick_config(1, 8192, 8192, 64, Zeros.REAL, H100) == StreamConfig(16, cluster=2)
+    part = replace(H100, cluster_room=(132, 66, 0, 0, 0, 0, 0, 0))
+    assert isinstance(pick_config(1, 4096, 14336, 32, Zeros.INTEGER, part), DecodeConfig)
 
 
 @pytest.mark.parametrize("facts", [H100, SMALL_CHIP, AMD_CHIP, MI250X], ids=lambda f: f.name)

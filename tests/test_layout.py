@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reference": {"quantize_utils", "device"},
     "launcher": {"device"},
     "triton_parts": {"device"},
-    "triton_cluster": {"triton_parts"},
+    "triton_cluster": {"triton_parts", "device"},
     "int4_config": {"quantize_utils", "device"},
     "int4_unpack": set(),
     "gluon_decode": {"int4_unpack", "triton_parts"},

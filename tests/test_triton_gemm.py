@@ -124,7 +124,8 @@ def test_unpack_gives_every_value(plane, rows, zero, dtype, device):
 @pytest.mark.interp
 @pytest.mark.parametrize(
     "config",
-    [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (2, 1, 2, 1), (1, 1, 2, 4), (4, 1, 2, 6)],
+    [(1, 2, 1, 1), (1, 2, 2, 1), (2, 2, 4, 4), (4, 2, 1, 2), (1, 2, 16, 1), (1, 2, 16, 3), (2, 1, 2, 1), (1, 1, 2, 4)]
+    + [(4, 1, 2, 6)],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -139,6 +140,23 @@ def test_every_shape_of_a_block(k, group_size, config, zeros, poisoned):
     config = DecodeConfig(*config[:3], stages=2, max_registers=128, splits=config[3])
     y = triton_gemm.int4_gemm(x, weight.packed, weight.scales, weight.zeros, None, group_size, 50, config)
     assert_close(y, int4_gemm_ref(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("k", "config", "is_even"),
+    [
+        (14336, (1, 2, 16, 4), True),  # 28 units each, where whole steps would be 32, 32, 32 and 16
+        (16384, (1, 2, 16, 4), False),
+        (14336, (1, 2, 8, 4), False),  # of several steps
+        (3584, (2, 2, 4, 4), False),  # an even number of units leaves three with 8 and one with 4 either way
+        (2816, (2, 1, 8, 4), True),
+        (2816, (2, 2, 16, 1), False),
+    ],
+)
+def test_splits_of_one_step_are_even(k, config, is_even):
+    config = DecodeConfig(*config[:3], stages=2, max_registers=128, splits=config[3])
+    launch = triton_gemm.plan(1, 64, k, 128, Zeros.NONE, aot.device_facts("sm_90"), config)
+    assert launch.launcher.meta["EVEN_SPLITS"] == is_even
 
 
 @pytest.mark.interp

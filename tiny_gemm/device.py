@@ -16,11 +16,16 @@ class DeviceFacts:
     sm_count: int
     shared_memory_bytes: int
     is_nvidia: bool
+    cluster_room: tuple[int, ...] = ()  # for clusters of 1, 2, ... blocks, where it was asked: see clusters_of
 
     @property
     def has_pdl(self) -> bool:
         """Programmatic dependent launch: a kernel may start while the one before it still runs."""
         return self.is_nvidia and self.capability >= (9, 0)
+
+    def clusters_of(self, blocks: int) -> int:
+        """How many clusters of so many blocks, each of which fills an SM, find room at once; at most so many."""
+        return self.cluster_room[blocks - 1] if self.cluster_room else self.sm_count // blocks
 
     @property
     def has_clusters(self) -> bool:

@@ -3,12 +3,15 @@
 One block an SM, of 16 warps, takes one tile of rows of W after the other. A warp owns two units of K for good: what of
 x meets them stays in its registers, as operands of `mma.sync`, so that x is read once by each SM and not by each tile.
 Of each tile a warp asks for its part of the weights, which is one piece of memory, by a bulk copy into shared memory,
-waits for it by itself, multiplies, and leaves its sums to be added up: all warps do that together for the tile before,
-when the sums of all have arrived. No warp waits for another otherwise.
+waits for it by itself, multiplies, and leaves its sums. Teams of warps take turns to add up what all have left, a tile
+later, when it is there. No warp waits for another otherwise.
 
-It adds up the same numbers in the same order as `_int4_decode_kernel` of triton_gemm.py does with all of K in one step
-of as many warps, of two units each, and so has the same bits. The interpreter knows no Gluon; what it runs is that
-kernel, and tests on a GPU compare the two.
+Where K is more than a block can own, the blocks of a cluster share it. A block sends its sums of a tile, by `st.async`,
+to the one that the tile falls to, which adds up those of all and stores them, while the next tiles are under way.
+
+It adds up the same numbers in the same order as `_int4_decode_kernel` of triton_gemm.py does with as many splits of K,
+each of one step of as many warps, of two units each, and so has the same bits. The interpreter knows no Gluon; what it
+runs is that kernel, and tests on a GPU compare the two.
 
 All tensors below have one number for each thread, unless said otherwise: what is written for a tensor is what a thread
 does. Shared memory is addressed by number, since Gluon's own copies and loads come with barriers of the whole block.
@@ -28,8 +31,10 @@ THREADS = gl.constexpr(32 * WARPS.value)
 THREAD = gl.constexpr(gl.BlockedLayout([1], [32], [WARPS.value], [0]))  # a number for each
 REGISTERS = 65536 // THREADS.value
 PIECE = gl.constexpr(2 * UNIT.value * 16 // 2)  # bytes of weights of a warp in a tile: two units of 16 rows
-SLOTS = gl.constexpr(4)  # tiles whose sums have room: see _add_up
-COLUMN = gl.constexpr(20)  # words from one column of a tile's sums to the next, of 16: the banks of a warp differ
+STAGES = gl.constexpr(2)  # steps whose weights are in shared memory or on their way there
+COLUMN = gl.constexpr(64)  # bytes of a column of a tile's sums, of 16 rows
+MOST_SLOTS = gl.constexpr(10)  # the most that step_slots says
+BARRIERS = gl.constexpr(8 * (MOST_SLOTS.value + 4 + WARPS.value * STAGES.value + 2))  # bytes; a multiple of 128
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shared memory: barriers (one for each slot; one for each warp and stage), the ring, the sums. Sizes in bytes.
@@ -50,23 +55,21 @@ def stage_bytes(group_size: int, s_ptr, z_ptr, gate_s_ptr, gate_z_ptr) -> int:
 
 
 @triton.constexpr_function
-def barrier_bytes(stages: int) -> int:
-    return -(-8 * (SLOTS.value + WARPS.value * stages) // 128) * 128
+def step_numbers(k_warps: int, x_tiles: int) -> int:
+    """How many numbers the sums of a step are, and threads to add up what warps have of them."""
+    return WARPS.value // k_warps * 128 * x_tiles
 
 
 @triton.constexpr_function
-def adders(k_warps: int, x_tiles: int) -> int:
-    """How many threads, neighbours, add up a number of a tile: as many as there are."""
-    return k_warps * THREADS.value // (WARPS.value * 128 * x_tiles)
+def step_slots(k_warps: int, x_tiles: int, weights: int) -> int:
+    """Steps whose sums have room: see _add_up."""
+    return (THREADS.value // step_numbers(k_warps, x_tiles) - 1) * weights + 4
 
 
 @triton.constexpr_function
-def sums_words(k_warps: int, x_tiles: int) -> int:
-    """Words from the sums of one warp to those of the next. The adders of a number look at different banks."""
-    words, apart = 8 * x_tiles * COLUMN.value, adders(k_warps, x_tiles)
-    while apart > 1 and words * (k_warps // apart) % 32 != 32 // apart:
-        words += 1
-    return words
+def sent_slots(cluster: int, weights: int) -> int:
+    """Own steps of a block whose sums have room: see _slot."""
+    return 2 if 2 * cluster >= 6 + (cluster - 1) * weights else 4
 
 
 @triton.constexpr_function
@@ -77,10 +80,17 @@ def x_sums_bytes(group_size: int, x_tiles: int, *zeros) -> int:
 
 
 @triton.constexpr_function
-def shared_bytes(stages: int, stage: int, k_warps: int, x_tiles: int, x_sums: int) -> int:
+def sent_bytes(k_warps: int, x_tiles: int, cluster: int, weights: int) -> int:
+    """What a block is sent, in all slots."""
+    return 0 if cluster == 1 else sent_slots(cluster, weights) * cluster * 4 * step_numbers(k_warps, x_tiles)
+
+
+@triton.constexpr_function
+def shared_bytes(stage: int, k_warps: int, x_tiles: int, x_sums: int, cluster: int, weights: int) -> int:
     """All of it, with a last barrier that nobody waits for."""
-    sums = 4 * SLOTS.value * WARPS.value * sums_words(k_warps, x_tiles)
-    return barrier_bytes(stages) + WARPS.value * (stages * stage + 4 * x_sums) + sums + 8
+    sums = step_slots(k_warps, x_tiles, weights) * WARPS.value * 8 * x_tiles * COLUMN.value
+    sums += sent_bytes(k_warps, x_tiles, cluster, weights)
+    return BARRIERS.value + WARPS.value * (STAGES.value * stage + 4 * x_sums) + sums + 8
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -89,41 +99,52 @@ def shared_bytes(stages: int, stage: int, k_warps: int, x_tiles: int, x_sums: in
 
 
 @triton.constexpr_function
-def _begin_asm(stages: int) -> str:
-    of_slots = "\n".join(f"@first mbarrier.init.shared::cta.b64 [$1 + {8 * i}], {WARPS.value};" for i in range(SLOTS))
-    of_stages = "\n".join(
-        f"@leads mbarrier.init.shared::cta.b64 [$2 + {8 * WARPS.value * i}], 1;" for i in range(stages)
-    )
+def _begin_asm(slots: int, sent: int, cluster: int) -> str:
+    """Makes the barriers, and says to the blocks of a cluster that they are there."""
+    inits = [f"@first mbarrier.init.shared::cta.b64 [$1 + {8 * i}], {WARPS.value};" for i in range(slots)]
+    inits += [f"@leads mbarrier.init.shared::cta.b64 [$2 + {8 * WARPS.value * i}], 1;" for i in range(STAGES.value)]
+    says = ""
+    if cluster > 1:
+        inits += [f"@first mbarrier.init.shared::cta.b64 [$1 + {8 * (MOST_SLOTS.value + i)}], 1;" for i in range(sent)]
+        says = f"""
+        mov.u32 size, %cluster_nctarank;
+        setp.ne.u32 alone, size, {cluster};
+        @alone trap;
+        @first fence.mbarrier_init.release.cluster;
+        barrier.cluster.arrive.relaxed.aligned;"""
     return f"""{{
-        .reg .pred first, leads;
+        .reg .pred first, leads, alone;
+        .reg .u32 size;
         setp.eq.u32 first, $3, 0;
         setp.eq.u32 leads, $4, 0;
-        {of_slots}
-        {of_stages}
-        fence.proxy.async.shared::cta;
+        {" ".join(inits)}
+        fence.proxy.async.shared::cta;{says}
         mov.u32 $0, 0;
         }}"""
 
 
 @triton.constexpr_function
 def _fetch_asm(sizes: tuple[int, ...]) -> str:
-    """Copies of so many bytes, from $4, $5, ... one behind the other to $2. $3 times a size are twice the bytes from
-    there to a warp's own."""
+    """Copies of so many bytes, from $5, $6, ... one behind the other to $2. $3 times a size are twice the bytes from
+    there to a warp's own. Where $4 is zero the barrier is only told that nothing comes."""
     copy = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
     copies, to = "", 0
     for i, size in enumerate(sizes):
         copies += (
-            f"mad.wide.u32 from, $3, {size // 2}, ${4 + i}; add.u32 to, $2, {to}; {copy} [to], [from], {size}, [$1];\n"
+            f"mad.wide.u32 from, $3, {size // 2}, ${5 + i}; add.u32 to, $2, {to}; {copy} [to], [from], {size}, [$1];\n"
         )
         to += size
     return f"""{{
-        .reg .pred follows;
+        .reg .pred follows, rests;
         .reg .u32 to, lane;
         .reg .b64 from, state;
         mov.u32 lane, %laneid;
         setp.ne.u32 follows, lane, 0;
+        setp.eq.u32 rests, $4, 0;
         bar.warp.sync 0xffffffff;
         @follows bra done;
+        @rests mbarrier.arrive.shared::cta.b64 state, [$1];
+        @rests bra done;
         mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], {to};
         {copies}
         done: mov.u32 $0, 0;
@@ -138,10 +159,8 @@ _WAIT = gl.constexpr("""{
     }""")
 _ARRIVE = gl.constexpr("""{
     .reg .pred leads;
-    .reg .u32 lane;
     .reg .b64 state;
-    mov.u32 lane, %laneid;
-    setp.eq.u32 leads, lane, 0;
+    setp.eq.u32 leads, $2, 0;
     bar.warp.sync 0xffffffff;
     @leads mbarrier.arrive.shared::cta.b64 state, [$1];
     mov.u32 $0, 0;
@@ -178,9 +197,36 @@ def _permute_asm(order: int) -> str:
 
 @triton.constexpr_function
 def _put_asm(offset: int) -> str:
-    """Sums of rows r and r + 8 and of two columns."""
-    at = [offset, offset + 4 * COLUMN.value, offset + 32, offset + 32 + 4 * COLUMN.value]
-    return " ".join(f"st.shared.f32 [$1 + {a}], ${2 + i};" for i, a in enumerate(at)) + " mov.u32 $0, 0;"
+    """Sums of rows r and r + 8 and of two columns, whose second is two places on: see _place_of_sum."""
+    first, second = offset, offset + 2 * COLUMN.value
+    stores = [f"[$1 + {first}], $3", f"[$1 + {second}], $4", f"[$2 + {first}], $5", f"[$2 + {second}], $6"]
+    return " ".join(f"st.shared.f32 {store};" for store in stores) + " mov.u32 $0, 0;"
+
+
+@triton.constexpr_function
+def _send_asm(numbers: int, cluster: int) -> str:
+    """$4 to $1 in block $3 of the cluster; its barrier, $2, is told how much came. Where the threads are that block's
+    own the first says how much will have come."""
+    return f"""{{
+        .reg .pred expects;
+        .reg .u32 thread, rank, to, barrier;
+        .reg .b64 state;
+        mov.u32 thread, %tid.x;
+        and.b32 thread, thread, {numbers - 1};
+        mov.u32 rank, %cluster_ctarank;
+        setp.eq.u32 expects, thread, 0;
+        setp.eq.and.u32 expects, rank, $3, expects;
+        @expects mbarrier.arrive.expect_tx.shared::cta.b64 state, [$2], {4 * cluster * numbers};
+        mapa.shared::cluster.u32 to, $1, $3;
+        mapa.shared::cluster.u32 barrier, $2, $3;
+        st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], $4, [barrier];
+        mov.u32 $0, 0;
+        }}"""
+
+
+@triton.constexpr_function
+def _team_asm(numbers: int) -> str:
+    return f"mov.u32 $0, %tid.x; shr.u32 $0, $0, {numbers.bit_length() - 1};"
 
 
 @triton.constexpr_function
@@ -245,31 +291,39 @@ def int4_stream_kernel(
     y_ptr,  # [M, N], contiguous
     M,
     N,
-    K,  # a multiple of 2 * UNIT, at most 2 * UNIT * K_WARPS
+    K,  # a multiple of 2 * UNIT, at most 2 * UNIT * K_WARPS * CLUSTER
     stride_xm,
-    K_WARPS: gl.constexpr,  # share K: 16, or 8 where two times 8 take a tile each
+    K_WARPS: gl.constexpr,  # share what a block has of K: 16, or 8 where two times 8 take a tile each
+    CLUSTER: gl.constexpr,  # blocks that share K; the grid is a multiple of it
     X_TILES: gl.constexpr,  # of 8 rows of x
-    STAGES: gl.constexpr,
     GROUP_SIZE: gl.constexpr,
     ACTIVATION: gl.constexpr,  # of the gate
     PDL: gl.constexpr,
 ):
-    """Block b takes row tiles b, b + the number of blocks, and so on; of each the gate's first."""
+    """Cluster c takes row tiles c, c + the number of clusters, and so on; of each the gate's first. Such a tile, of one
+    weight, is a step."""
     gl.static_assert(K_WARPS == 8 or K_WARPS == 16)
     WEIGHTS: gl.constexpr = 1 if gate_ptr is None else 2
+    gl.static_assert(STAGES % WEIGHTS == 0)
     TILES: gl.constexpr = WARPS // K_WARPS  # at once
     STAGE: gl.constexpr = stage_bytes(GROUP_SIZE, s_ptr, z_ptr, gate_s_ptr, gate_z_ptr)
     X_SUMS: gl.constexpr = x_sums_bytes(GROUP_SIZE, X_TILES, z_ptr, gate_z_ptr)
-    BYTES: gl.constexpr = shared_bytes(STAGES, STAGE, K_WARPS, X_TILES, X_SUMS)
-    SLOT: gl.constexpr = 4 * WARPS * sums_words(K_WARPS, X_TILES)
+    BYTES: gl.constexpr = shared_bytes(STAGE, K_WARPS, X_TILES, X_SUMS, CLUSTER, WEIGHTS)
+    SENT: gl.constexpr = sent_bytes(K_WARPS, X_TILES, CLUSTER, WEIGHTS)
+    NUMBERS: gl.constexpr = step_numbers(K_WARPS, X_TILES)
+    TEAMS: gl.constexpr = THREADS // NUMBERS
+    SLOTS: gl.constexpr = step_slots(K_WARPS, X_TILES, WEIGHTS)
+    gl.static_assert(SLOTS <= MOST_SLOTS)
+    IN_TURN: gl.constexpr = CLUSTER > 1 and GROUP_SIZE < UNIT  # as in _int4_decode_kernel
+    SUMS: gl.constexpr = 8 * X_TILES * COLUMN  # bytes of a warp
     DTYPE: gl.constexpr = x_ptr.dtype.element_ty
     weights = ((w_ptr, s_ptr, z_ptr),)
     if gate_ptr is not None:
         weights = ((gate_ptr, gate_s_ptr, gate_z_ptr), (w_ptr, s_ptr, z_ptr))
     units = K // UNIT
     row_tiles = (N + 15) // 16
-    block, blocks = gl.program_id(0), gl.num_programs(0)
-    count = ((row_tiles + TILES - 1) // TILES - block + blocks - 1) // blocks * WEIGHTS  # steps, of a tile of a weight
+    rank, cluster, clusters = gl.program_id(0) % CLUSTER, gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER
+    count = ((row_tiles + TILES - 1) // TILES - cluster + clusters - 1) // clusters * WEIGHTS  # steps
 
     # All of shared memory is this, from its beginning. By a barrier that is made here and ends with the kernel Triton
     # knows that it is in use so long, and puts nothing else there.
@@ -278,76 +332,111 @@ def int4_stream_kernel(
     slots = gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     thread = gl.arange(0, THREADS, THREAD)
     warp, lane = thread // 32, thread % 32
-    stages = slots + 8 * SLOTS + warp * 8
-    ring = slots + barrier_bytes(STAGES) + warp * (STAGES * STAGE)
-    x_sums = slots + barrier_bytes(STAGES) + WARPS * (STAGES * STAGE) + (warp * 4 + lane % 4) * X_SUMS
-    sums = slots + barrier_bytes(STAGES) + WARPS * (STAGES * STAGE + 4 * X_SUMS)
+    stages = slots + 8 * (MOST_SLOTS + 4) + warp * 8
+    ring = slots + BARRIERS + warp * (STAGES * STAGE)
+    x_sums = slots + BARRIERS + WARPS * (STAGES * STAGE) + (warp * 4 + lane % 4) * X_SUMS
+    sums = slots + BARRIERS + WARPS * (STAGES * STAGE + 4 * X_SUMS)
+    BEGIN: gl.constexpr = _begin_asm(SLOTS, sent_slots(CLUSTER, WEIGHTS), CLUSTER)
     gl.inline_asm_elementwise(
-        _begin_asm(STAGES), "=r,r,r,r,r", [gl.zeros_like(thread) + slots, stages, thread, lane], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+        BEGIN, "=r,r,r,r,r", [gl.zeros_like(thread) + slots, stages, thread, lane], gl.int32, is_pure=False, pack=1
+    )
 
     # Warps whose units are past K multiply others by zeros (where a scale of those is no number, neither is the sum);
     # tiles past N repeat the last one.
-    k_warp = warp % K_WARPS
-    has_units = k_warp * 2 < units
-    first_unit = gl.where(has_units, k_warp * 2, 0)
+    share = (units // 2 + CLUSTER - 1) // CLUSTER * 2  # units of a block
+    unit = rank * share + warp % K_WARPS * 2
+    has_units = (warp % K_WARPS * 2 < share) & (unit < units)
+    first_unit, works = gl.where(has_units, unit, 0), has_units.to(gl.int32)
     last_unit = first_unit + (row_tiles - 1) * units
-    unit = first_unit + (block * TILES + warp // K_WARPS) * units  # of the tile that is asked for next
+    unit = first_unit + (cluster * TILES + warp // K_WARPS) * units  # of the tile that is asked for next
     room = (stages, ring)
     for i in gl.static_range(STAGES):
-        _fetch(weights[i % WEIGHTS], unit, last_unit, i < count, i, room, STAGE, GROUP_SIZE)
+        _fetch(weights[i % WEIGHTS], unit, last_unit, i < count, i, room, gl.full_like(unit, 1), STAGE, GROUP_SIZE)
         if i % WEIGHTS == WEIGHTS - 1:
-            unit += blocks * TILES * units
+            unit += clusters * TILES * units
     gl.thread_barrier()
+    if CLUSTER > 1:
+        gl.inline_asm_elementwise(
+            "barrier.cluster.wait.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
+        )
     wait_for_previous(PDL)
-    x = _load_x(x_ptr, k_warp, lane, has_units, M, stride_xm, X_TILES)
+    x = _load_x(x_ptr, first_unit, lane, works, M, stride_xm, X_TILES)
     if X_SUMS > 0:
         _put_x_sums(x, x_sums, GROUP_SIZE, X_TILES, DTYPE)
 
-    to = sums + warp * (4 * sums_words(K_WARPS, X_TILES)) + (lane % 4 * (2 * COLUMN) + lane // 4) * 4
+    to = sums + warp * SUMS + _place_of_sum(lane % 4 * 2, lane // 4)
     out = (bias_ptr, y_ptr, M, N)
-    gate = _nothing(K_WARPS, X_TILES)
+    mailbox = (slots + 8 * MOST_SLOTS, slots + (BYTES - 8 - SENT), rank)
+    # What a thread adds up, when it is its team's turn: row and column of a tile, and which of TILES. Of two columns
+    # that are two apart the numbers are in different banks.
+    team = gl.inline_asm_elementwise(_team_asm(NUMBERS), "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+    number = thread % NUMBERS
+    row = number % 16
+    column = number // 16 % 2 * 2 + number // 32 % 2 + number // 64 % 2 * 4 + number // 128 % X_TILES * 8
+    which = number // (128 * X_TILES)
+    parts = sums + which * (K_WARPS * SUMS) + _place_of_sum(column, row)
+    place = ((cluster * TILES + which) * 16 + row, clusters * TILES * 16, column)
+    gate = gl.zeros_like(number).to(gl.float32)
+    slot, phase, last_slot, last_phase = 0, 0, 0, 0
     for first in range(0, count, WEIGHTS):
         for w in gl.static_range(WEIGHTS):
             step = first + w
-            stage, slot = step % STAGES, step % SLOTS
+            stage = step % STAGES
             at = ring + stage * STAGE
             _wait(stages + stage * (8 * WARPS), gl.zeros_like(thread) + (step // STAGES & 1))
             packed, scales, zeros = _read(weights[w], at, lane, GROUP_SIZE, X_TILES)
-            next_weight = weights[(w + STAGES) % WEIGHTS]
             if X_TILES == 1:
-                _fetch(next_weight, unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
-            total = _multiply(x, x_sums, packed, scales, zeros, weights[w], GROUP_SIZE, X_TILES, DTYPE)
+                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, works, STAGE, GROUP_SIZE)
+            total = _multiply(x, x_sums, packed, scales, zeros, weights[w], IN_TURN, GROUP_SIZE, X_TILES, DTYPE)
             if X_TILES > 1:  # so many registers are in use that not all has been read before
-                _fetch(next_weight, unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
-            if (w + STAGES) % WEIGHTS == WEIGHTS - 1:
-                unit += blocks * TILES * units
+                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, works, STAGE, GROUP_SIZE)
+            if w == WEIGHTS - 1:
+                unit += clusters * TILES * units
             for t in gl.static_range(X_TILES):
-                numbers = [to + slot * SLOT, total[t][0], total[t][1], total[t][2], total[t][3]]
+                at = to + slot * (WARPS * SUMS)
+                numbers = [at, at ^ 32, total[t][0], total[t][1], total[t][2], total[t][3]]
                 gl.inline_asm_elementwise(
-                    _put_asm(t * 8 * COLUMN * 4), "=r,r,f,f,f,f", numbers, dtype=gl.int32, is_pure=False, pack=1
+                    _put_asm(t * 8 * COLUMN), "=r,r,r,f,f,f,f", numbers, dtype=gl.int32, is_pure=False, pack=1
                 )
             gl.inline_asm_elementwise(
-                _ARRIVE, "=r,r", [gl.zeros_like(thread) + (slots + slot * 8)], dtype=gl.int32, is_pure=False, pack=1
+                _ARRIVE, "=r,r,r", [gl.zeros_like(thread) + (slots + slot * 8), lane], gl.int32, is_pure=False, pack=1
             )
-            if step > 0:
-                acc = _add_up(slots, sums, step - 1, K_WARPS, X_TILES)
-                if w == 1:
-                    gate = acc
+            if step > 0 and _is_turn(step - 1, team, WEIGHTS, TEAMS):
+                acc = _add_up(slots, parts, last_slot, last_phase, K_WARPS, X_TILES)
+                if CLUSTER == 1:
+                    gate = _finish(acc, gate, out, step - 1, w == 1, place, WEIGHTS, ACTIVATION)
                 else:
-                    _store(acc, gate, out, (block + (first // WEIGHTS - 1) * blocks) * TILES, X_TILES, ACTIVATION)
-    if count > 0:
-        acc = _add_up(slots, sums, count - 1, K_WARPS, X_TILES)
-        _store(acc, gate, out, (block + (count // WEIGHTS - 1) * blocks) * TILES, X_TILES, ACTIVATION)
+                    _send(acc, mailbox, step - 1, number, NUMBERS, WEIGHTS, CLUSTER)
+            if CLUSTER > 1:
+                sent = step - 2
+                if sent >= 0 and _is_turn(sent, team, WEIGHTS, TEAMS) and _is_own(sent, rank, WEIGHTS, CLUSTER):
+                    acc = _receive(mailbox, sent, number, NUMBERS, WEIGHTS, CLUSTER)
+                    gate = _finish(acc, gate, out, sent, w < WEIGHTS - 1, place, WEIGHTS, ACTIVATION)
+            last_slot, last_phase = slot, phase
+            slot += 1
+            if slot == SLOTS:
+                slot = 0
+                phase ^= 1
+    if count > 0 and _is_turn(count - 1, team, WEIGHTS, TEAMS):
+        acc = _add_up(slots, parts, last_slot, last_phase, K_WARPS, X_TILES)
+        if CLUSTER == 1:
+            _finish(acc, gate, out, count - 1, False, place, WEIGHTS, ACTIVATION)
+        else:
+            _send(acc, mailbox, count - 1, number, NUMBERS, WEIGHTS, CLUSTER)
+    if CLUSTER > 1:
+        for left in gl.static_range(2, 0, -1):
+            sent = count - left
+            if sent >= 0 and _is_turn(sent, team, WEIGHTS, TEAMS) and _is_own(sent, rank, WEIGHTS, CLUSTER):
+                acc = _receive(mailbox, sent, number, NUMBERS, WEIGHTS, CLUSTER)
+                gate = _finish(acc, gate, out, sent, left > 3 - WEIGHTS, place, WEIGHTS, ACTIVATION)
     mbarrier.invalidate(memory.index(BYTES // 8 - 1))
 
 
 @gluon.jit
-def _fetch(weight, unit, last_unit, is_there, stage, room, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr):
-    """Asks for a warp's part of a tile, from unit `unit` of the weight on or the last one, if there is such a tile. The
-    warp has read what was in its stage: bar.warp.sync in the PTX is for that. (No fence stands between such reads and a
-    copy, as in CUTLASS's pipelines.)"""
+def _fetch(weight, unit, last_unit, is_there, stage, room, works, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr):
+    """Asks for a warp's part of a tile, from unit `unit` of the weight on or the last one, if there is such a tile; a
+    warp that does not work keeps what it has. The warp has read what was in its stage: bar.warp.sync in the PTX is for
+    that. (No fence stands between such reads and a copy, as in CUTLASS's pipelines.)"""
     w_ptr, s_ptr, z_ptr = weight
     stages, ring = room
     if is_there:
@@ -356,12 +445,12 @@ def _fetch(weight, unit, last_unit, is_there, stage, room, STAGE: gl.constexpr, 
         w_from, s_from = _address(w_ptr, unit), _address(s_ptr, unit)
         if z_ptr is None:
             ASM: gl.constexpr = _fetch_asm((PIECE, group_bytes(GROUP_SIZE, s_ptr)))
-            sources = [barrier, to, unit, w_from, s_from]
-            gl.inline_asm_elementwise(ASM, "=r,r,r,r,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
+            sources = [barrier, to, unit, works, w_from, s_from]
+            gl.inline_asm_elementwise(ASM, "=r,r,r,r,r,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
         else:
             ASM: gl.constexpr = _fetch_asm((PIECE, group_bytes(GROUP_SIZE, s_ptr), group_bytes(GROUP_SIZE, z_ptr)))
-            sources = [barrier, to, unit, w_from, s_from, _address(z_ptr, unit)]
-            gl.inline_asm_elementwise(ASM, "=r,r,r,r,l,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
+            sources = [barrier, to, unit, works, w_from, s_from, _address(z_ptr, unit)]
+            gl.inline_asm_elementwise(ASM, "=r,r,r,r,r,l,l,l", sources, dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -370,7 +459,7 @@ def _address(ptr, like):
 
 
 @gluon.jit
-def _load_x(x_ptr, k_warp, lane, has_units, M, stride_xm, X_TILES: gl.constexpr):
+def _load_x(x_ptr, first_unit, lane, works, M, stride_xm, X_TILES: gl.constexpr):
     """What a warp's units meet: for each unit, plane and tile of x four words, in the order of columns that weights
     have, which see: triton_gemm.py."""
     x = ()
@@ -378,9 +467,9 @@ def _load_x(x_ptr, k_warp, lane, has_units, M, stride_xm, X_TILES: gl.constexpr)
         for plane in gl.static_range(4):
             for t in gl.static_range(X_TILES):
                 row = t * 8 + lane // 4
-                column = (k_warp * 2 + u) * UNIT + plane * (UNIT // 4) + lane % 4 * 8
+                column = (first_unit + u) * UNIT + plane * (UNIT // 4) + lane % 4 * 8
                 at = (x_ptr + (row.to(gl.int64) * stride_xm + column)).to(gl.int64)
-                is_there = (has_units & (row < M)).to(gl.int32)
+                is_there = works * (row < M).to(gl.int32)
                 words = gl.inline_asm_elementwise(
                     _LOAD_X, "=r,=r,=r,=r,l,r", [at, is_there],
                     dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
@@ -482,23 +571,46 @@ def _put_x_sums(x, x_sums, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr, DTYP
 
 @gluon.jit
 def _multiply(
-    x, x_sums, packed, scales, zeros, weight, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr, DTYPE: gl.constexpr
-):
-    """A warp's part of a tile, over UNPACKED: for each tile of x the sums of rows r and r + 8, of two columns each."""
+    x, x_sums, packed, scales, zeros, weight, IN_TURN: gl.constexpr, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """A warp's part of a tile, over UNPACKED: for each tile of x the sums of rows r and r + 8, of two columns each. Its
+    units side by side, or IN_TURN, which is another order of sums in small groups."""
+    zero = gl.zeros_like(x_sums).to(gl.float32)
+    nothing = (zero, zero, zero, zero)
+    total = (nothing,) if X_TILES == 1 else (nothing, nothing)
+    operands = (x, x_sums, packed, scales, zeros, weight)
+    if IN_TURN:
+        total = _multiply_units(total, operands, 0, 1, GROUP_SIZE, X_TILES, DTYPE)
+        return _multiply_units(total, operands, 1, 2, GROUP_SIZE, X_TILES, DTYPE)
+    else:
+        return _multiply_units(total, operands, 0, 2, GROUP_SIZE, X_TILES, DTYPE)
+
+
+@gluon.jit
+def _multiply_units(
+    total, operands, FIRST: gl.constexpr, END: gl.constexpr, GROUP_SIZE: gl.constexpr, X_TILES: gl.constexpr,
+    DTYPE: gl.constexpr,
+):  # fmt: skip
+    """total, and to it what units FIRST to END of a warp make."""
+    x, x_sums, packed, scales, zeros, weight = operands
     w_ptr, s_ptr, z_ptr = weight
     GROUPS: gl.constexpr = UNIT // GROUP_SIZE  # a unit
     INTEGER_ZEROS: gl.constexpr = are_integers(z_ptr, GROUP_SIZE)
     zero = gl.zeros_like(x_sums).to(gl.float32)
-    nothing = (zero, zero, zero, zero)
-    total = (nothing,) if X_TILES == 1 else (nothing, nothing)
-    sums = total + total  # of each unit
+    nothing = ((zero, zero, zero, zero),)
+    for _ in gl.static_range(1, (END - FIRST) * X_TILES):
+        nothing = nothing + ((zero, zero, zero, zero),)
+    sums = nothing  # of each unit
     for plane in gl.static_range(4):
         new = ()
-        for u in gl.static_range(2):
+        for u in gl.static_range(FIRST, END):
             subtracted = (None, None)
             if INTEGER_ZEROS:
                 subtracted = _group(zeros, z_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
-            of_unit = (sums[u],) if X_TILES == 1 else (sums[2 * u], sums[2 * u + 1])
+            of_unit = ()
+            for t in gl.static_range(X_TILES):
+                of_unit = of_unit + (sums[(u - FIRST) * X_TILES + t],)
             for half in gl.static_range(2):  # of a plane
                 w = ()
                 for i in gl.static_range(4):
@@ -512,14 +624,14 @@ def _multiply(
             new = new + of_unit
         sums = new
         if (plane + 1) * 32 % GROUP_SIZE == 0:  # a group ends
-            for u in gl.static_range(2):
+            for u in gl.static_range(FIRST, END):
                 scale = _group(scales, s_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
                 if z_ptr is not None and not INTEGER_ZEROS:
                     z = _group(zeros, z_ptr, u * GROUPS + plane * 32 // GROUP_SIZE)
                     z = (8.0 - z[0]) * (1.0 / UNPACKED), (8.0 - z[1]) * (1.0 / UNPACKED)
                 new = ()
                 for t in gl.static_range(X_TILES):
-                    part = sums[u * X_TILES + t]
+                    part = sums[(u - FIRST) * X_TILES + t]
                     if z_ptr is not None and not INTEGER_ZEROS:
                         of_x = _load_pair(x_sums, ((u * GROUPS + plane * 32 // GROUP_SIZE) * X_TILES + t) * 8)
                         part = (
@@ -531,7 +643,7 @@ def _multiply(
                         scaled = scaled + (gl.fma(part[i], scale[i // 2], total[t][i]),)
                     new = new + (scaled,)
                 total = new
-            sums = (nothing, nothing) if X_TILES == 1 else (nothing, nothing, nothing, nothing)
+            sums = nothing
     return total
 
 
@@ -543,37 +655,80 @@ def _group(groups, ptr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _nothing(K_WARPS: gl.constexpr, X_TILES: gl.constexpr):
-    """Zeros, as what _add_up gives."""
-    ADDERS: gl.constexpr = adders(K_WARPS, X_TILES)
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [32 // ADDERS, ADDERS], [WARPS, 1], [1, 0])
-    return gl.zeros([THREADS // ADDERS], gl.float32, gl.SliceLayout(1, L))
+def _place_of_sum(column, row):
+    """Where a warp's sum of a row and column is, in bytes. Columns 1 and 2 change places, and 5 and 6, and from the
+    fourth on rows with those eight on, so that neither a warp's writes, of every other column and half of the rows, nor
+    its reads, of two columns two apart, meet in a bank."""
+    place = column // 8 * 8 + column // 4 % 2 * 4 + column % 2 * 2 + column // 2 % 2
+    return place * COLUMN + (row ^ column // 4 % 2 * 8) * 4
 
 
 @gluon.jit
-def _add_up(slots, sums, step, K_WARPS: gl.constexpr, X_TILES: gl.constexpr):
-    """What the warps have of step `step`, added up when all have arrived, as add_warps would: fp32 [tiles at once *
-    columns * 16 rows], rows the fastest.
+def _add_up(slots, parts, slot, phase, K_WARPS: gl.constexpr, X_TILES: gl.constexpr):
+    """What the warps have of a step, added up when all have arrived, as add_warps would: a number for each thread of
+    the team whose turn it is.
 
-    Why SLOTS = 4: a warp that writes the sums of step i has seen all arrive at step i - 2, and who arrived there had
-    read those of step i - 4, in whose place they go.
+    Why step_slots are enough: a warp that writes sums of step i has last, when it was its team's turn, seen all arrive
+    at step i - 2 - (TEAMS - 1) * WEIGHTS or later, and who arrived there had read those of two steps before.
     """
-    ADDERS: gl.constexpr = adders(K_WARPS, X_TILES)
-    SUMS: gl.constexpr = sums_words(K_WARPS, X_TILES)
-    like = _nothing(K_WARPS, X_TILES)
-    L: gl.constexpr = like.type.layout.parent
-    number = gl.arange(0, THREADS // ADDERS, like.type.layout)
-    adder = gl.arange(0, ADDERS, gl.SliceLayout(0, L))
-    if ADDERS == 4:  # which gl.sum takes in the order 0 + 2, 1 + 3
-        adder = adder % 2 * 2 + adder // 2
-    at = number // (128 * X_TILES) * (K_WARPS * SUMS) + number // 16 % (8 * X_TILES) * COLUMN + number % 16
-    at = at[:, None] + (adder * (K_WARPS // ADDERS * SUMS))[None, :] + step % SLOTS * (WARPS * SUMS)
-    at = at * 4 + sums
-    _wait(gl.zeros_like(at) + (slots + step % SLOTS * 8), gl.zeros_like(at) + (step // SLOTS & 1))
+    _wait(gl.zeros_like(parts) + (slots + slot * 8), gl.zeros_like(parts) + phase)
+    at = parts + slot * (WARPS * (8 * X_TILES * COLUMN))
     found = ()
-    for i in gl.static_range(K_WARPS // ADDERS):
-        found = found + (_load(at, i * SUMS * 4, gl.float32),)
-    return gl.sum(_tree(found), 1) * UNPACKED
+    for i in gl.static_range(K_WARPS):
+        found = found + (_load(at, i * (8 * X_TILES * COLUMN), gl.float32),)
+    return _tree(found) * UNPACKED
+
+
+@gluon.jit
+def _is_turn(step, team, WEIGHTS: gl.constexpr, TEAMS: gl.constexpr):
+    """Whether it is a team's turn to add up a step: of each tile all is one team's."""
+    return (step >> (WEIGHTS - 1) & (TEAMS - 1)) == team
+
+
+@gluon.jit
+def _is_own(step, rank, WEIGHTS: gl.constexpr, CLUSTER: gl.constexpr):
+    """Whether block `rank` of its cluster adds up a step: blocks take tiles in turn."""
+    return step // WEIGHTS % CLUSTER == rank
+
+
+@gluon.jit
+def _slot(mailbox, step, NUMBERS: gl.constexpr, WEIGHTS: gl.constexpr, CLUSTER: gl.constexpr):
+    """(barrier, address, how often there were others before) of the sums of a step, in the block whose own it is.
+
+    Why sent_slots are enough, which is sent_slots * CLUSTER >= 6 + (CLUSTER - 1) * WEIGHTS: who sends the sums of step
+    i, in place of those of step i - sent_slots * CLUSTER, has seen all warps of its block arrive there, which had
+    received those of a step u of the block's own, i - 3 - (CLUSTER - 1) * WEIGHTS or later; and who sent these had seen
+    all of its block arrive at step u, which had received what they had to of step u - 3.
+    """
+    SLOTS: gl.constexpr = sent_slots(CLUSTER, WEIGHTS)
+    barriers, sent, rank = mailbox
+    own = step // (WEIGHTS * CLUSTER) * WEIGHTS + step % WEIGHTS  # how many of that block's come before
+    slot = own % SLOTS
+    return barriers + slot * 8, sent + slot * (CLUSTER * 4 * NUMBERS), own // SLOTS
+
+
+@gluon.jit
+def _send(acc, mailbox, step, number, NUMBERS: gl.constexpr, WEIGHTS: gl.constexpr, CLUSTER: gl.constexpr):
+    """Sends what _add_up gives to the block of the cluster whose step it is."""
+    barrier, to, _ = _slot(mailbox, step, NUMBERS, WEIGHTS, CLUSTER)
+    to = number * 4 + (to + mailbox[2] * (4 * NUMBERS))
+    owner = gl.zeros_like(number) + step // WEIGHTS % CLUSTER
+    gl.inline_asm_elementwise(
+        _send_asm(NUMBERS, CLUSTER), "=r,r,r,r,f", [to, gl.zeros_like(number) + barrier, owner, acc], dtype=gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _receive(mailbox, step, number, NUMBERS: gl.constexpr, WEIGHTS: gl.constexpr, CLUSTER: gl.constexpr):
+    """The sum of what the blocks of the cluster have sent of this block's step, in the order of their ranks."""
+    barrier, at, before = _slot(mailbox, step, NUMBERS, WEIGHTS, CLUSTER)
+    _wait(gl.zeros_like(number) + barrier, gl.zeros_like(number) + (before & 1))
+    at = number * 4 + at
+    total = _load(at, 0, gl.float32)
+    for i in gl.static_range(1, CLUSTER):
+        total += _load(at, i * 4 * NUMBERS, gl.float32)
+    return total
 
 
 @gluon.jit
@@ -589,14 +744,17 @@ def _tree(found):
 
 
 @gluon.jit
-def _store(acc, gate, out, row_tile, X_TILES: gl.constexpr, ACTIVATION: gl.constexpr):
-    """What _add_up gives of row tiles `row_tile` and on, to y."""
-    bias_ptr, y_ptr, M, N = out
-    number = gl.arange(0, acc.shape[0], acc.type.layout)
-    n = row_tile * 16 + number // (128 * X_TILES) * 16 + number % 16
-    m = number // 16 % (8 * X_TILES)
-    if ACTIVATION is not None:
-        acc *= activate(gate, ACTIVATION)
-    if bias_ptr is not None:
-        acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
-    gl.store(y_ptr + m.to(gl.int64) * N + n, acc.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
+def _finish(acc, gate, out, step, IS_GATE: gl.constexpr, place, WEIGHTS: gl.constexpr, ACTIVATION: gl.constexpr):
+    """Stores the sums of a step, or gives them as the gate's."""
+    if IS_GATE:
+        gate = acc
+    else:
+        bias_ptr, y_ptr, M, N = out
+        first, rows_on, m = place
+        n = first + step // WEIGHTS * rows_on
+        if ACTIVATION is not None:
+            acc *= activate(gate, ACTIVATION)
+        if bias_ptr is not None:
+            acc += gl.load(bias_ptr + n, mask=n < N, other=0.0).to(gl.float32)
+        gl.store(y_ptr + m.to(gl.int64) * N + n, acc.to(y_ptr.dtype.element_ty), mask=(n < N) & (m < M))
+    return gate

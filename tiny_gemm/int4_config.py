@@ -55,20 +55,20 @@ STREAM_GROUPS = 32, 64, 128  # sizes that StreamConfig's kernel knows
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """One block an SM, of 16 warps, takes one tile of rows of W after the other (gluon_decode.py); `k_warps` of its
-    warps share K, two units each, and `stages` tiles are in shared memory or on their way there."""
+    """One block an SM, of 16 warps, takes one tile of rows of W after the other (gluon_decode.py), or the blocks of a
+    cluster do together, which share K; of what a block has of it `k_warps` of its warps have two units each."""
 
     k_warps: int
-    stages: int = 2
+    cluster: int = 1
 
     def __post_init__(self):
-        if self.k_warps not in (8, 16) or not 1 <= self.stages <= 3:
-            raise ValueError(f"{self}: k_warps must be 8 or 16, and stages 1 to 3")
+        if self.k_warps not in (8, 16) or not 1 <= self.cluster <= 8:
+            raise ValueError(f"{self}: k_warps must be 8 or 16, and cluster 1 to 8")
 
     @property
     def in_triton(self) -> DecodeConfig:
         """What has the same bits."""
-        return DecodeConfig(1, 2, self.k_warps, 2, 128)
+        return DecodeConfig(1, 2, self.k_warps, 2, 128, self.cluster)
 
     @property
     def cut(self) -> tuple[int, int, int]:
@@ -115,7 +115,7 @@ def pick_config(
         return pick_decode_config(m, n, k, group_size, zeros, facts)
     unit = unit_k(k)
     if m <= DECODE_ROWS:
-        stream = _stream_config(n, k, group_size, facts, False)
+        stream = _stream_config(n, k, group_size, zeros, facts, False)
         if stream is not None:
             return stream
         # A narrower tile of x saves loads, unless it gets too small for the pipeline.
@@ -130,20 +130,41 @@ def pick_config(
     return _many_rows_config(m, n, k, groups_a_unit(group_size, k), zeros, facts)
 
 
-def _stream_config(n: int, k: int, group_size: int, facts: DeviceFacts, gated: bool) -> StreamConfig | None:
-    """Where W has so many rows that one block an SM takes many tiles of them; None where it has not, or where K leaves
-    more than an eighth of the warps without work. Whatever the batch, as it cuts K in one way.
+def _stream_config(
+    n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts, gated: bool
+) -> StreamConfig | None:
+    """Where W has so many rows that a block, or a cluster, takes many tiles of them; None where it has not, or where K
+    leaves more than an eighth of the warps without work. Whatever the batch, as it cuts K in one way.
 
     Swept on an H200, 2026-12-01: see docs/notes/int4-gemm.md.
     """
     if not runs_in_gluon(k, facts) or k % 256 or group_size not in STREAM_GROUPS or n * k >= 2**32:
         return None
-    k_warps = 8 if k <= 2048 else 16
-    if not 7 / 8 <= k / (256 * k_warps) <= 1:
+    pairs, tiles = k // 256, -(-n // TILE_N) * (1 + gated)
+    tiles_per_sm = tiles / facts.sm_count
+    if pairs <= 16:
+        k_warps = 8 if pairs <= 8 else 16
+        few = 4.5 if k_warps == 16 else 7.5 if group_size == 128 and gated else 10
+        if pairs < 7 / 8 * k_warps or tiles_per_sm < few:
+            return None
+        is_vocabulary = tiles_per_sm > 30 and k_warps == 16  # of which two blocks read a piece twice as long
+        return StreamConfig(8, cluster=2) if is_vocabulary else StreamConfig(k_warps)
+    has_many_sums = zeros is Zeros.REAL and group_size < 128
+    if pairs <= 32:
+        few = 7.5 if has_many_sums else 3.5
+        return StreamConfig(16, cluster=2) if pairs >= 28 and 2 * tiles_per_sm >= few else None
+    if has_many_sums:
         return None
-    tiles_per_sm = n * (1 + gated) / (TILE_N * facts.sm_count)
-    few = 4.5 if k_warps == 16 else 7.5 if group_size == 128 and gated else 10
-    return StreamConfig(k_warps) if tiles_per_sm >= few else None
+    # Of larger clusters some SMs are left: the blocks of one are in one part of the chip, which has 16 to 18. (How many
+    # this chip has room for is not asked, so that two of one name cut K in one way.) Shares of 13 leave few warps idle.
+    best, best_time = None, math.inf
+    for cluster in range(3, 9):
+        share = -(-pairs // cluster)
+        time = share * -(-tiles // int(facts.sm_count / 17 * (16 // cluster)))
+        if 13 <= share <= 16 and time < best_time and facts.clusters_of(cluster) > 0:
+            best, best_time = cluster, time
+    is_filled = tiles * pairs >= 0.8 * best_time * facts.sm_count
+    return StreamConfig(16, best) if is_filled else None
 
 
 def groups_a_unit(group_size: int, k: int) -> int:
@@ -310,7 +331,7 @@ def pick_decode_config(
     m: int, n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts, *, gated: bool = False
 ) -> DecodeConfig | StreamConfig:
     """As pick_config, among blocks of kernels for few rows; for a gated pair two weights [n, k]."""
-    stream = _stream_config(n, k, group_size, facts, gated)
+    stream = _stream_config(n, k, group_size, zeros, facts, gated)
     if stream is not None:
         return stream
     unit = unit_k(k)

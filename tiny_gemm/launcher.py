@@ -49,7 +49,7 @@ _enter_hooks, _exit_hooks = (getattr(_runtime, f"launch_{when}_hook", None) for 
 class Launcher:
     """A kernel with its constexprs and options; see the module."""
 
-    def __init__(self, kernel, *, cluster: int = 1, sends: int = 0, **meta):
+    def __init__(self, kernel, *, cluster: int = 1, sends: int | None = None, **meta):
         self.kernel, self.meta, self.cluster, self.sends = kernel, meta, cluster, sends
         self._kept: dict[tuple, tuple] = {}  # (device, key of the specialization) -> (launch, fixed arguments)
         self._constexprs = _constexpr_arguments(kernel) if knows_triton() else None  # None: no short cut
@@ -96,7 +96,7 @@ class Launcher:
         if compiled is None or compiled.packed_metadata[1] == self.cluster:  # None: a hook of Triton's forbids it
             return
         sends = compiled.asm["ptx"].count("st.async")
-        if sends != self.sends:
+        if self.sends is not None and sends != self.sends:
             raise RuntimeError(f"{self.kernel.__name__}: a thread sends {sends} times, and {self.sends} are waited for")
         num_warps, _, shared_memory = compiled.packed_metadata
         compiled.packed_metadata = num_warps, self.cluster, shared_memory

@@ -20,10 +20,32 @@ Triton knows nothing of it, for which a block is a block: the instructions are P
 so that all calls stand where all threads come by. A block may end when it has been sent what it expects.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from tiny_gemm.device import DeviceFacts
 from tiny_gemm.triton_parts import load_shared
+
+MOST_BLOCKS = 8  # of a cluster, on any chip that has them
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+def cluster_room(device: torch.device, facts: DeviceFacts) -> tuple[int, ...]:
+    """DeviceFacts.cluster_room, by the driver; () where it cannot be asked. A cluster's blocks lie in one part of the
+    chip, and chips of one name differ in their parts: on an H200 30 clusters of four took 120 of 132 SMs."""
+    driver = triton.runtime.driver.active
+    if not hasattr(driver.utils, "cuOccupancyMaxActiveClusters"):
+        return ()
+    with torch.cuda.device(device):
+        kernel = _nothing.warmup(grid=(1,))
+        kernel._init_handles()
+        ask = driver.utils.cuOccupancyMaxActiveClusters
+        return tuple(ask(kernel.function, facts.shared_memory_bytes, blocks) for blocks in range(1, MOST_BLOCKS + 1))
 
 
 @triton.constexpr_function

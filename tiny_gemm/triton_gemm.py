@@ -55,6 +55,7 @@ from tiny_gemm.quantize_utils import TILE_N, unit_k
 from tiny_gemm.triton_cluster import (
     begin_cluster_sum,
     cluster_adders,
+    cluster_room,
     cluster_sends,
     cluster_sum,
     cluster_words,
@@ -262,6 +263,7 @@ def _load_units(
     x_ptr,
     block_m,
     step,
+    first_unit,  # of step 0
     M,
     K,
     stride_xm,
@@ -274,7 +276,7 @@ def _load_units(
 ):
     """What meets the weights of a step: a tuple of _load_planes of all units of a warp at once, or of each."""
     warp = step * WARPS + tl.arange(0, WARPS)[None, :, None, None, None]
-    unit = warp * WARP_UNITS + tl.arange(0, UNITS_AT_ONCE)[None, None, None, :, None]
+    unit = first_unit + warp * WARP_UNITS + tl.arange(0, UNITS_AT_ONCE)[None, None, None, :, None]
     first = _load_planes(x_ptr, block_m, unit, M, K, stride_xm, X_TILES, WHOLE_STEPS, UNIT)
     if UNITS_AT_ONCE == WARP_UNITS:
         return (first,)
@@ -625,6 +627,7 @@ def _int4_decode_kernel(
     CLUSTER: tl.constexpr,  # the splits of a tile add up in shared memory, not in partial_ptr
     ONE_STEP: tl.constexpr,  # is all that a split has of K: its weights go straight into registers
     WHOLE_STEPS: tl.constexpr,  # K ends with a step, and each split has as many
+    EVEN_SPLITS: tl.constexpr,  # of one step, in which not all warps have work, so that each split has as many units
     STAGES: tl.constexpr,
     UNIT: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -670,11 +673,19 @@ def _int4_decode_kernel(
     from_step = 0
     if ONE_STEP:  # a loop of a known length of one is none
         first, last, from_step = 0, 1, split
-
+    first_unit = 0
+    if EVEN_SPLITS:
+        share = tl.cdiv(units, 2 * SPLITS) * 2
+        first_unit, from_step = split * share, 0
     w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     if GROUP_SIZE != -1:
         s_offs, s_pair = _pairs_tile(block_n, N, K, ROW_TILES, WARPS, PAIRS, SHARED, GROUP_SIZE)
         pairs = tl.cdiv(tl.cdiv(K, GROUP_SIZE), 2)
+    if EVEN_SPLITS:  # from here on they are of this split
+        w_offs, units = w_offs + first_unit * (4 * UNIT), tl.minimum(units - first_unit, share)
+        if GROUP_SIZE != -1:
+            first_pair = first_unit * UNIT // GROUP_SIZE // 2
+            s_offs, pairs = s_offs + first_pair * 16, tl.minimum(pairs - first_pair, share * UNIT // GROUP_SIZE // 2)
     total = tl.zeros([WARPS, ROW_TILES, 2, 8, X_TILES, 4, 2], tl.float32)
     x_total = tl.zeros([WARPS, 1, 2, 8, X_TILES, 4, 2], tl.float32)
     gate_total, gate_x_total = total, x_total
@@ -707,8 +718,9 @@ def _int4_decode_kernel(
                     join_cluster()
                 wait_for_previous(PDL)
             x_units = _load_units(
-                x_ptr, block_m, step, M, K, stride_xm, UNITS_AT_ONCE, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT
-            )
+                x_ptr, block_m, step, first_unit, M, K, stride_xm,
+                UNITS_AT_ONCE, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT,
+            )  # fmt: skip
             total, x_total = _multiply_step(
                 x_units, packed, scales, zeros, s_ptr, z_ptr, total, x_total,
                 ROW_TILES, WARP_UNITS, WARPS, X_TILES, PAIRS, SHARED, UNIT, GROUP_SIZE, USE_ASM, SCALE_AT_ONCE,
@@ -1121,13 +1133,14 @@ def plan(
         else:
             config = pick_config(m, n, k, group_size, zeros, facts)
     if isinstance(config, StreamConfig):
-        if m > DECODE_ROWS or k % 256 or k > 256 * config.k_warps or group_size not in STREAM_GROUPS:
+        most_k = 256 * config.k_warps * config.cluster
+        if m > DECODE_ROWS or k % 256 or k > most_k or group_size not in STREAM_GROUPS:
             raise ValueError(
                 f"int4_gemm: M={m}, K={k}, group_size={group_size}: for {config} M must be at most {DECODE_ROWS}, K a "
-                f"multiple of 256 and at most {256 * config.k_warps}, and a group of {STREAM_GROUPS}"
+                f"multiple of 256 and at most {most_k}, and a group of {STREAM_GROUPS}"
             )
         launcher = _stream_launcher(config, 1 if m <= 8 else 2, group_size, activation, facts)
-        return Launch(launcher, (min(-(-n * config.k_warps // 256), facts.sm_count), 1, 1))
+        return Launch(launcher, (min(-(-n * config.k_warps // 256), facts.clusters_of(config.cluster)), 1, 1))
     unit = unit_k(k)
     splits = config.splits
     if isinstance(config, DecodeConfig):
@@ -1140,7 +1153,11 @@ def plan(
         step = config.warps * config.warp_units * unit
         one_step = config.is_one_step(triton.cdiv(k, unit))
         whole_steps = k % (step * config.splits if one_step else step) == 0
-        launcher = _decode_launcher(config, block_m // 8, one_step, whole_steps, unit, group_size, activation, facts)
+        share = triton.cdiv(triton.cdiv(k, unit), 2 * config.splits) * 2  # units of a split
+        even_splits = one_step and config.splits > 1 and share < config.warps * config.warp_units
+        launcher = _decode_launcher(
+            config, block_m // 8, one_step, whole_steps, even_splits, unit, group_size, activation, facts
+        )
     else:
         block_m, block_n = config.block_m, config.block_n
         if isinstance(config, HopperConfig):
@@ -1174,6 +1191,13 @@ def _is_misread(x: Tensor, stride: int) -> bool:
     return (x.data_ptr() | 2 * stride) % 16 != 0
 
 
+@cache
+def _facts(device: torch.device) -> DeviceFacts:
+    """device_facts, with cluster_room."""
+    facts = device_facts(device)
+    return dataclasses.replace(facts, cluster_room=cluster_room(device, facts)) if facts.has_clusters else facts
+
+
 @lru_cache(maxsize=4096)
 def _fixed_launch(
     m: int,
@@ -1190,7 +1214,7 @@ def _fixed_launch(
     """The plan's launch for tensors of these dtypes."""
     kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
     zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
-    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, device_facts(device), config, activation)
+    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, _facts(device), config, activation)
     set_up_counters(device, "int4_gemm")  # a launch of another shape that is captured later may count
     streams = "K_WARPS" in launcher.meta
     return Fixed(FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals, streams)
@@ -1198,8 +1222,8 @@ def _fixed_launch(
 
 @cache
 def _decode_launcher(
-    config: DecodeConfig, x_tiles: int, one_step: bool, whole_steps: bool, unit: int, group_size: int,
-    activation: str | None, facts: DeviceFacts,
+    config: DecodeConfig, x_tiles: int, one_step: bool, whole_steps: bool, even_splits: bool, unit: int,
+    group_size: int, activation: str | None, facts: DeviceFacts,
 ) -> Launcher:  # fmt: skip
     meta = {"maxnreg": config.max_registers} if facts.is_nvidia else {}
     if config.cluster:
@@ -1208,9 +1232,9 @@ def _decode_launcher(
     return Launcher(
         _int4_decode_kernel, ROW_TILES=config.row_tiles, WARP_UNITS=config.warp_units, WARPS=config.warps,
         X_TILES=x_tiles, SPLITS=config.splits, CLUSTER=config.cluster, ONE_STEP=one_step, WHOLE_STEPS=whole_steps,
-        STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size, LANES_SHARE=facts.is_nvidia or facts == INTERPRETED,
-        MANY_REGISTERS=config.max_registers >= 128, ACTIVATION=activation, USE_ASM=facts.is_nvidia,
-        num_warps=config.warps, **pdl_options(facts), **meta,
+        EVEN_SPLITS=even_splits, STAGES=config.stages, UNIT=unit, GROUP_SIZE=group_size,
+        LANES_SHARE=facts.is_nvidia or facts == INTERPRETED, MANY_REGISTERS=config.max_registers >= 128,
+        ACTIVATION=activation, USE_ASM=facts.is_nvidia, num_warps=config.warps, **pdl_options(facts), **meta,
     )  # fmt: skip
 
 
@@ -1221,8 +1245,8 @@ def _stream_launcher(
     from tiny_gemm import gluon_decode  # only where Triton is one that it was written for
 
     return Launcher(
-        gluon_decode.int4_stream_kernel, K_WARPS=config.k_warps, X_TILES=x_tiles, STAGES=config.stages,
-        GROUP_SIZE=group_size, ACTIVATION=activation, num_warps=gluon_decode.WARPS.value,
+        gluon_decode.int4_stream_kernel, cluster=config.cluster, K_WARPS=config.k_warps, CLUSTER=config.cluster,
+        X_TILES=x_tiles, GROUP_SIZE=group_size, ACTIVATION=activation, num_warps=gluon_decode.WARPS.value,
         maxnreg=gluon_decode.REGISTERS, **pdl_options(facts),
     )  # fmt: skip
 
