@@ -21,7 +21,7 @@ from tiny_gemm.reference import int4_gated_linear_ref, int4_gemm_ref
 
 
 def stream_config(k):
-    """For so many columns, as few blocks a cluster as there may be."""
+    """For so many columns, of as few warps and blocks as there may be."""
     return StreamConfig(8 if k <= 2048 else 16, cluster=-(-k // 4096))
 
 
@@ -110,19 +110,8 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.gpu
-@every_kind_of_zeros
-@KINDS
-@pytest.mark.parametrize(
-    ("n", "k"),
-    [(28672, 4096), (18941, 3584), (16 * 133, 3840), (4097, 2048), (100, 1792), (40, 256), (16, 2304)]
-    + [(28672, 7168), (8177, 8192), (8192, 14336), (1000, 28672), (60, 10752), (16, 5120)],
-    ids=str,
-)
-def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_size, zeros, poisoned, hopper):
-    """More tiles than blocks and fewer, rows past N, warps without units, rows of x from one to all; twice. In clusters
-    also more steps than have room, and as many of each block as of its neighbour or fewer."""
-    config = stream_config(k)
+def check_bits(n, k, config, dtype, scale_dtype, group_size, zeros):
+    """Those of the kernel in Triton, rows of x from one to all; twice."""
     weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     bias = torch.randn(n, device="cuda", dtype=dtype)
     x = torch.randn(16, k, device="cuda", dtype=dtype)
@@ -135,16 +124,36 @@ def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_
 
 @pytest.mark.gpu
 @every_kind_of_zeros
-@pytest.mark.parametrize("group_size", [32, 128])
-@pytest.mark.parametrize(("n", "k"), [(20001, 4096), (130, 3584)], ids=str)
-def test_of_a_vocabulary_two_blocks_take_two_tiles_at_once(n, k, group_size, zeros, poisoned, hopper):
-    config = StreamConfig(8, cluster=2)
-    weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros)
-    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16)
-    assert_close(multiply(x, weight, config), int4_gemm_ref(x, weight))
-    whole = multiply(x, weight, config.in_triton)
-    for m in (1, 8, 9, 16):
-        assert torch.equal(multiply(x[:m], weight, config), whole[:m]), m
+@KINDS
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(28672, 4096), (18941, 3584), (16 * 133, 3840), (4097, 2048), (100, 1792), (40, 256), (16, 2304)],
+    ids=str,
+)
+def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_size, zeros, poisoned, hopper):
+    """More tiles than blocks and fewer, rows past N, warps without units."""
+    check_bits(n, k, stream_config(k), dtype, scale_dtype, group_size, zeros)
+
+
+@pytest.mark.gpu
+@every_kind_of_zeros
+@pytest.mark.parametrize(
+    ("n", "k", "k_warps", "cluster", "dtype", "scale_dtype", "group_size"),
+    [
+        (28672, 7168, 16, 2, torch.bfloat16, torch.float16, 128),
+        (8177, 8192, 16, 2, torch.float16, torch.float32, 32),
+        (8192, 14336, 16, 4, torch.bfloat16, torch.bfloat16, 64),
+        (1000, 28672, 16, 7, torch.float16, torch.float32, 32),
+        (60, 10752, 16, 3, torch.bfloat16, torch.float16, 128),  # fewer tiles than blocks of a cluster
+        (16, 5120, 16, 8, torch.bfloat16, torch.float16, 32),  # and two blocks without units
+        (20001, 4096, 8, 2, torch.bfloat16, torch.float16, 32),
+        (130, 3584, 8, 2, torch.bfloat16, torch.float16, 128),
+    ],
+    ids=str,
+)
+def test_bits_of_clusters_too(n, k, k_warps, cluster, dtype, scale_dtype, group_size, zeros, poisoned, hopper):
+    """More steps than there is room for, and as few as one; as many of each block as of its neighbour, or fewer."""
+    check_bits(n, k, StreamConfig(k_warps, cluster), dtype, scale_dtype, group_size, zeros)
 
 
 @pytest.mark.gpu
@@ -154,20 +163,35 @@ def test_of_a_vocabulary_two_blocks_take_two_tiles_at_once(n, k, group_size, zer
     ids=lambda z: z.value,
 )
 @KINDS
-@pytest.mark.parametrize(
-    ("n", "k"), [(14336, 4096), (1100, 3584), (8177, 2048), (33, 1792), (7777, 7168), (100, 14336)], ids=str
-)
+@pytest.mark.parametrize(("n", "k"), [(14336, 4096), (1100, 3584), (8177, 2048), (33, 1792)], ids=str)
 def test_gated_pairs_too(n, k, dtype, scale_dtype, group_size, zeros, gate_zeros, poisoned, hopper):
-    """Also where the two weights have scales and zeros of different kinds. (The kernel in Triton does not split pairs:
-    of clusters all rows of x are compared with fewer of them.)"""
+    """Also where the two weights have scales and zeros of different kinds."""
     config = stream_config(k)
     weight = quantized(torch.randn(n, k, device="cuda"), group_size, zeros, scale_dtype=scale_dtype)
     gate = quantized(torch.randn(n, k, device="cuda") / 16, group_size, gate_zeros, scale_dtype=torch.float16)
     x = torch.randn(16, k, device="cuda", dtype=dtype) / 16
     oracle = int4_gated_linear_ref(x, weight, gate)
     assert_close(multiply_gated(x, weight, gate, config), oracle)
-    whole = multiply_gated(x, weight, gate, config.in_triton if config.cluster == 1 else config)
+    whole = multiply_gated(x, weight, gate, config.in_triton)
     for m in (1, 8, 11, 16):
+        assert torch.equal(multiply_gated(x[:m], weight, gate, config), whole[:m]), m
+
+
+@pytest.mark.gpu
+@every_kind_of_zeros
+@pytest.mark.parametrize(
+    ("n", "k", "k_warps", "cluster", "group_size"),
+    [(28672, 8192, 16, 2, 128), (7777, 7168, 16, 2, 32), (100, 14336, 16, 4, 128), (1100, 4096, 8, 2, 64)],
+    ids=str,
+)
+def test_gated_pairs_of_clusters(n, k, k_warps, cluster, group_size, zeros, poisoned, hopper):
+    """The kernel in Triton does not split pairs: here fewer rows of x are compared with all, again and again."""
+    config = StreamConfig(k_warps, cluster)
+    weight, gate = (quantized(torch.randn(n, k, device="cuda") / 16, group_size, zeros) for _ in range(2))
+    x = torch.randn(16, k, device="cuda", dtype=torch.bfloat16) / 16
+    whole = multiply_gated(x, weight, gate, config)
+    assert_close(whole, int4_gated_linear_ref(x, weight, gate))
+    for m in (1, 8, 11, 16) * 10:
         assert torch.equal(multiply_gated(x[:m], weight, gate, config), whole[:m]), m
 
 

@@ -409,7 +409,7 @@ def int4_stream_kernel(
                     _send(acc, mailbox, step - 1, number, NUMBERS, WEIGHTS, CLUSTER)
             if CLUSTER > 1:
                 sent = step - 2
-                if sent >= 0 and _is_turn(sent, team, WEIGHTS, TEAMS) and _is_own(sent, rank, WEIGHTS, CLUSTER):
+                if step > 1 and _is_turn(sent, team, WEIGHTS, TEAMS) and _is_own(sent, rank, WEIGHTS, CLUSTER):
                     acc = _receive(mailbox, sent, number, NUMBERS, WEIGHTS, CLUSTER)
                     gate = _finish(acc, gate, out, sent, w < WEIGHTS - 1, place, WEIGHTS, ACTIVATION)
             last_slot, last_phase = slot, phase
