@@ -145,7 +145,7 @@ def test_bits_are_those_of_the_kernel_in_triton(n, k, dtype, scale_dtype, group_
         (8192, 14336, 16, 4, torch.bfloat16, torch.bfloat16, 64),
         (1000, 28672, 16, 7, torch.float16, torch.float32, 32),
         (60, 10752, 16, 3, torch.bfloat16, torch.float16, 128),  # fewer tiles than blocks of a cluster
-        (16, 5120, 16, 8, torch.bfloat16, torch.float16, 32),  # and two blocks without units
+        (16, 5120, 16, 8, torch.bfloat16, torch.float16, 32),  # and a block without units
         (20001, 4096, 8, 2, torch.bfloat16, torch.float16, 32),
         (130, 3584, 8, 2, torch.bfloat16, torch.float16, 128),
     ],
