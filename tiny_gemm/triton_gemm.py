@@ -265,7 +265,7 @@ def _load_units(
     step,
     first_unit,  # of step 0
     M,
-    K,
+    K,  # from which on x counts as 0
     stride_xm,
     UNITS_AT_ONCE: tl.constexpr,
     WARP_UNITS: tl.constexpr,
@@ -673,10 +673,11 @@ def _int4_decode_kernel(
     from_step = 0
     if ONE_STEP:  # a loop of a known length of one is none
         first, last, from_step = 0, 1, split
-    first_unit = 0
+    first_unit, end = 0, K
     if EVEN_SPLITS:
         share = tl.cdiv(units, 2 * SPLITS) * 2
         first_unit, from_step = split * share, 0
+        end = tl.minimum(K, (first_unit + share) * UNIT)
     w_offs, w_unit = _weight_tile(block_n, N, K, ROW_TILES, WARP_UNITS, WARPS, UNIT)
     if GROUP_SIZE != -1:
         s_offs, s_pair = _pairs_tile(block_n, N, K, ROW_TILES, WARPS, PAIRS, SHARED, GROUP_SIZE)
@@ -718,7 +719,7 @@ def _int4_decode_kernel(
                     join_cluster()
                 wait_for_previous(PDL)
             x_units = _load_units(
-                x_ptr, block_m, step, first_unit, M, K, stride_xm,
+                x_ptr, block_m, step, first_unit, M, end, stride_xm,
                 UNITS_AT_ONCE, WARP_UNITS, WARPS, X_TILES, WHOLE_STEPS, UNIT,
             )  # fmt: skip
             total, x_total = _multiply_step(
