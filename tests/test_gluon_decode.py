@@ -260,6 +260,20 @@ def test_a_launch_has_as_many_clusters_as_find_room_at_once(room, expected):
     assert launch.grid == (expected, 1, 1) and launch.launcher.cluster == 4
     few = triton_gemm.plan(1, 100, 14336, 128, Zeros.NONE, facts, StreamConfig(16, cluster=4))
     assert few.grid == (7, 1, 1), "no more than there are row tiles"
+    none = dataclasses.replace(H100, cluster_room=(132, 66, 0, 0, 0, 0, 0, 0))
+    with pytest.raises(ValueError, match=r"has no room for a cluster of 4 blocks"):
+        triton_gemm.plan(1, 100, 14336, 128, Zeros.NONE, none, StreamConfig(16, cluster=4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k", "cluster"), [(28672, 3584, 1), (4096, 14336, 4)])
+def test_a_scale_that_is_no_number_spoils_its_row_alone(n, k, cluster, poisoned, hopper):
+    """Also where warps have no units, whose stages hold what they held."""
+    weight = quantize(torch.randn(n, k, device="cuda"), 128)
+    weight.scales[0, 0, 3, 0] = float("inf")
+    y = multiply(torch.randn(9, k, device="cuda", dtype=torch.bfloat16), weight, StreamConfig(16, cluster))
+    spoilt = ~y.isfinite().all(0)
+    assert spoilt[3] and spoilt.sum() == 1
 
 
 def test_rows_of_x_that_are_not_aligned_are_copied_before_the_launch(monkeypatch):

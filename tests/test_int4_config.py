@@ -226,6 +226,7 @@ def test_what_a_chip_has_no_room_for_is_not_chosen(monkeypatch):
     assert isinstance(pick_config(1, 4096, 8192, 64, Zeros.REAL, H100), DecodeConfig)
     assert pick_config(1, 8192, 8192, 64, Zeros.REAL, H100) == StreamConfig(16, cluster=2)
     part = replace(H100, cluster_room=(132, 66, 0, 0, 0, 0, 0, 0))
+    assert isinstance(pick_config(1, 28672, 8192, 128, Zeros.NONE, replace(part, cluster_room=(132, 0))), DecodeConfig)
     assert isinstance(pick_config(1, 4096, 14336, 32, Zeros.INTEGER, part), DecodeConfig)
 
 

@@ -124,6 +124,26 @@ def _begin_asm(slots: int, sent: int, cluster: int) -> str:
 
 
 @triton.constexpr_function
+def _clear_asm(stage: int) -> str:
+    """Where $2 is zero, zeros in place of a warp's scales and zeros, in each of its stages; $1 is 16 bytes on for each
+    lane, $3."""
+    size = stage - PIECE.value
+    stores = ""
+    for at in range(0, size, 512):
+        stores += f"setp.lt.and.u32 clears, $3, {min(size - at, 512) // 16}, rests;\n"
+        for i in range(STAGES.value):
+            stores += f"@clears st.shared.v4.b32 [$1 + {i * stage + PIECE.value + at}], {{zero, zero, zero, zero}};\n"
+    return f"""{{
+        .reg .pred rests, clears;
+        .reg .b32 zero;
+        mov.b32 zero, 0;
+        setp.eq.u32 rests, $2, 0;
+        {stores}
+        mov.u32 $0, 0;
+        }}"""
+
+
+@triton.constexpr_function
 def _fetch_asm(sizes: tuple[int, ...]) -> str:
     """Copies of so many bytes, from $5, $6, ... one behind the other to $2. $3 times a size are twice the bytes from
     there to a warp's own. Where $4 is zero the barrier is only told that nothing comes."""
@@ -341,7 +361,7 @@ def int4_stream_kernel(
         BEGIN, "=r,r,r,r,r", [gl.zeros_like(thread) + slots, stages, thread, lane], gl.int32, is_pure=False, pack=1
     )
 
-    # Warps whose units are past K multiply others by zeros (where a scale of those is no number, neither is the sum);
+    # Warps whose units are past K ask for nothing, and multiply whatever there is by zeros and scales that are zeros;
     # tiles past N repeat the last one.
     share = (units // 2 + CLUSTER - 1) // CLUSTER * 2  # units of a block
     unit = rank * share + warp % K_WARPS * 2
@@ -349,9 +369,12 @@ def int4_stream_kernel(
     first_unit, works = gl.where(has_units, unit, 0), has_units.to(gl.int32)
     last_unit = first_unit + (row_tiles - 1) * units
     unit = first_unit + (cluster * TILES + warp // K_WARPS) * units  # of the tile that is asked for next
-    room = (stages, ring)
+    gl.inline_asm_elementwise(
+        _clear_asm(STAGE), "=r,r,r,r", [ring + lane * 16, works, lane], dtype=gl.int32, is_pure=False, pack=1
+    )
+    room = (stages, ring, works)
     for i in gl.static_range(STAGES):
-        _fetch(weights[i % WEIGHTS], unit, last_unit, i < count, i, room, gl.full_like(unit, 1), STAGE, GROUP_SIZE)
+        _fetch(weights[i % WEIGHTS], unit, last_unit, i < count, i, room, STAGE, GROUP_SIZE)
         if i % WEIGHTS == WEIGHTS - 1:
             unit += clusters * TILES * units
     gl.thread_barrier()
@@ -386,10 +409,10 @@ def int4_stream_kernel(
             _wait(stages + stage * (8 * WARPS), gl.zeros_like(thread) + (step // STAGES & 1))
             packed, scales, zeros = _read(weights[w], at, lane, GROUP_SIZE, X_TILES)
             if X_TILES == 1:
-                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, works, STAGE, GROUP_SIZE)
+                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
             total = _multiply(x, x_sums, packed, scales, zeros, weights[w], IN_TURN, GROUP_SIZE, X_TILES, DTYPE)
             if X_TILES > 1:  # so many registers are in use that not all has been read before
-                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, works, STAGE, GROUP_SIZE)
+                _fetch(weights[w], unit, last_unit, step + STAGES < count, stage, room, STAGE, GROUP_SIZE)
             if w == WEIGHTS - 1:
                 unit += clusters * TILES * units
             for t in gl.static_range(X_TILES):
@@ -433,12 +456,12 @@ def int4_stream_kernel(
 
 
 @gluon.jit
-def _fetch(weight, unit, last_unit, is_there, stage, room, works, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr):
-    """Asks for a warp's part of a tile, from unit `unit` of the weight on or the last one, if there is such a tile; a
-    warp that does not work keeps what it has. The warp has read what was in its stage: bar.warp.sync in the PTX is for
-    that. (No fence stands between such reads and a copy, as in CUTLASS's pipelines.)"""
+def _fetch(weight, unit, last_unit, is_there, stage, room, STAGE: gl.constexpr, GROUP_SIZE: gl.constexpr):
+    """Asks for a warp's part of a tile, from unit `unit` of the weight on or the last one, if there is such a tile and
+    the warp has units. It has read what was in its stage: bar.warp.sync in the PTX is for that. (No fence stands
+    between such reads and a copy, as in CUTLASS's pipelines.)"""
     w_ptr, s_ptr, z_ptr = weight
-    stages, ring = room
+    stages, ring, works = room
     if is_there:
         unit = gl.minimum(unit, last_unit)
         barrier, to = stages + stage * (8 * WARPS), ring + stage * STAGE

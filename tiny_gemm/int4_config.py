@@ -133,8 +133,9 @@ def pick_config(
 def _stream_config(
     n: int, k: int, group_size: int, zeros: Zeros, facts: DeviceFacts, gated: bool
 ) -> StreamConfig | None:
-    """Where W has so many rows that a block, or a cluster, takes many tiles of them; None where it has not, or where K
-    leaves more than an eighth of the warps without work. Whatever the batch, as it cuts K in one way.
+    """Where W has so many rows that a block, or a cluster, takes many tiles of them; None where it has not, where K
+    leaves more than an eighth of the warps without work, and where the chip has no room for such a cluster. Whatever
+    the batch, as it cuts K in one way.
 
     Swept on an H200, 2026-12-01: see docs/notes/int4-gemm.md.
     """
@@ -143,28 +144,36 @@ def _stream_config(
     pairs, tiles = k // 256, -(-n // TILE_N) * (1 + gated)
     tiles_per_sm = tiles / facts.sm_count
     if pairs <= 16:
-        k_warps = 8 if pairs <= 8 else 16
+        k_warps, cluster = 8 if pairs <= 8 else 16, 1
         few = 4.5 if k_warps == 16 else 7.5 if group_size == 128 and gated else 10
         if pairs < 7 / 8 * k_warps or tiles_per_sm < few:
             return None
-        is_vocabulary = tiles_per_sm > 30 and k_warps == 16  # of which two blocks read a piece twice as long
-        return StreamConfig(8, cluster=2) if is_vocabulary else StreamConfig(k_warps)
-    has_many_sums = zeros is Zeros.REAL and group_size < 128
+        if k_warps == 16 and tiles_per_sm > 30:  # a vocabulary, of which two blocks read pieces twice as long
+            k_warps, cluster = 8, 2
+    else:
+        k_warps, cluster = 16, _stream_cluster(pairs, tiles, zeros is Zeros.REAL and group_size < 128, facts.sm_count)
+    return StreamConfig(k_warps, cluster) if cluster and facts.clusters_of(cluster) > 0 else None
+
+
+def _stream_cluster(pairs: int, tiles: int, has_many_sums: bool, sms: int) -> int:
+    """How many blocks are to share K, of more than 16 pairs of units; 0 for none. has_many_sums: real zeros in small
+    groups.
+
+    Of clusters of three and more some SMs are left: the blocks of one are in one part of the chip, which has 16 to 18.
+    (How many this chip has room for is not asked, so that two of one name cut K in one way.) Shares of 13 pairs leave
+    few warps idle.
+    """
     if pairs <= 32:
-        few = 7.5 if has_many_sums else 3.5
-        return StreamConfig(16, cluster=2) if pairs >= 28 and 2 * tiles_per_sm >= few else None
+        return 2 if pairs >= 28 and tiles >= (7.5 if has_many_sums else 3.5) * sms / 2 else 0
     if has_many_sums:
-        return None
-    # Of larger clusters some SMs are left: the blocks of one are in one part of the chip, which has 16 to 18. (How many
-    # this chip has room for is not asked, so that two of one name cut K in one way.) Shares of 13 leave few warps idle.
-    best, best_time = None, math.inf
+        return 0
+    best, best_time = 0, math.inf
     for cluster in range(3, 9):
         share = -(-pairs // cluster)
-        time = share * -(-tiles // int(facts.sm_count / 17 * (16 // cluster)))
-        if 13 <= share <= 16 and time < best_time and facts.clusters_of(cluster) > 0:
+        time = share * -(-tiles // max(1, int(sms / 17 * (16 // cluster))))
+        if 13 <= share <= 16 and time < best_time:
             best, best_time = cluster, time
-    is_filled = tiles * pairs >= 0.8 * best_time * facts.sm_count
-    return StreamConfig(16, best) if is_filled else None
+    return best if tiles * pairs >= 0.8 * best_time * sms else 0
 
 
 def groups_a_unit(group_size: int, k: int) -> int:

@@ -16,8 +16,9 @@ Where a shape comes again and again, as in a decode step, a FixedLaunch of it co
 but the tensors' addresses.
 
 With cluster=n the launch has n times the grid's first dimension of blocks, n neighbours of which are a cluster (see
-triton_cluster.py), where launches_clusters(). sends: how many st.async the kernel has; if it has another number, blocks
-would wait for ever. All launches of such a kernel, with these constexprs, are of such clusters.
+triton_cluster.py), where launches_clusters(). sends: how many st.async the kernel has, which if it had another number
+would wait for ever; None where that says nothing. All launches of such a kernel, with these constexprs, are of such
+clusters.
 
 What computes a grid in each call does without triton.cdiv and triton.next_power_of_2: they are functions that kernels
 call too, look at each argument, and take 3 to 6 us, as long as a launch.
@@ -49,7 +50,7 @@ _enter_hooks, _exit_hooks = (getattr(_runtime, f"launch_{when}_hook", None) for 
 class Launcher:
     """A kernel with its constexprs and options; see the module."""
 
-    def __init__(self, kernel, *, cluster: int = 1, sends: int | None = None, **meta):
+    def __init__(self, kernel, *, cluster: int = 1, sends: int | None = 0, **meta):
         self.kernel, self.meta, self.cluster, self.sends = kernel, meta, cluster, sends
         self._kept: dict[tuple, tuple] = {}  # (device, key of the specialization) -> (launch, fixed arguments)
         self._constexprs = _constexpr_arguments(kernel) if knows_triton() else None  # None: no short cut

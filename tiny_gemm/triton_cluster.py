@@ -38,13 +38,15 @@ def _nothing():
 def cluster_room(device: torch.device, facts: DeviceFacts) -> tuple[int, ...]:
     """DeviceFacts.cluster_room, by the driver; () where it cannot be asked. A cluster's blocks lie in one part of the
     chip, and chips of one name differ in their parts: on an H200 30 clusters of four took 120 of 132 SMs."""
-    driver = triton.runtime.driver.active
-    if not hasattr(driver.utils, "cuOccupancyMaxActiveClusters"):
-        return ()
+    utils = triton.runtime.driver.active.utils
     with torch.cuda.device(device):
         kernel = _nothing.warmup(grid=(1,))
+        if hasattr(kernel, "result"):  # it is being compiled by another thread
+            kernel = kernel.result()
+        if kernel is None or not hasattr(utils, "cuOccupancyMaxActiveClusters"):  # None: a hook of Triton's forbids it
+            return ()
         kernel._init_handles()
-        ask = driver.utils.cuOccupancyMaxActiveClusters
+        ask = utils.cuOccupancyMaxActiveClusters
         return tuple(ask(kernel.function, facts.shared_memory_bytes, blocks) for blocks in range(1, MOST_BLOCKS + 1))
 
 

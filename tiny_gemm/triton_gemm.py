@@ -1140,8 +1140,11 @@ def plan(
                 f"int4_gemm: M={m}, K={k}, group_size={group_size}: for {config} M must be at most {DECODE_ROWS}, K a "
                 f"multiple of 256 and at most {most_k}, and a group of {STREAM_GROUPS}"
             )
+        clusters = facts.clusters_of(config.cluster)
+        if clusters == 0:
+            raise ValueError(f"int4_gemm: {facts.name} has no room for a cluster of {config.cluster} blocks: {config}")
         launcher = _stream_launcher(config, 1 if m <= 8 else 2, group_size, activation, facts)
-        return Launch(launcher, (min(-(-n * config.k_warps // 256), facts.clusters_of(config.cluster)), 1, 1))
+        return Launch(launcher, (min(-(-n * config.k_warps // 256), clusters), 1, 1))
     unit = unit_k(k)
     splits = config.splits
     if isinstance(config, DecodeConfig):
@@ -1246,9 +1249,9 @@ def _stream_launcher(
     from tiny_gemm import gluon_decode  # only where Triton is one that it was written for
 
     return Launcher(
-        gluon_decode.int4_stream_kernel, cluster=config.cluster, K_WARPS=config.k_warps, CLUSTER=config.cluster,
-        X_TILES=x_tiles, GROUP_SIZE=group_size, ACTIVATION=activation, num_warps=gluon_decode.WARPS.value,
-        maxnreg=gluon_decode.REGISTERS, **pdl_options(facts),
+        gluon_decode.int4_stream_kernel, cluster=config.cluster, sends=None, K_WARPS=config.k_warps,
+        CLUSTER=config.cluster, X_TILES=x_tiles, GROUP_SIZE=group_size, ACTIVATION=activation,
+        num_warps=gluon_decode.WARPS.value, maxnreg=gluon_decode.REGISTERS, **pdl_options(facts),
     )  # fmt: skip
 
 
