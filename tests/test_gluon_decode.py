@@ -265,6 +265,27 @@ def test_a_launch_has_as_many_clusters_as_find_room_at_once(room, expected):
         triton_gemm.plan(1, 100, 14336, 128, Zeros.NONE, none, StreamConfig(16, cluster=4))
 
 
+def test_the_driver_is_asked_for_room_only_where_clusters_stream(monkeypatch):
+    asked = []
+
+    def room(device, facts):
+        asked.append(device)
+        return 132, 66, 39, 30, 22, 17, 15, 15
+
+    monkeypatch.setattr(triton_gemm, "device_facts", lambda _: H100)
+    monkeypatch.setattr(triton_gemm, "cluster_room", room)
+    monkeypatch.setattr(triton_gemm, "set_up_counters", lambda *_: None)
+    monkeypatch.setattr(triton_gemm, "_facts_with_room", triton_gemm._facts_with_room.__wrapped__)
+
+    def grid_of(n, k):
+        dtypes = torch.bfloat16, torch.float16, None
+        found = triton_gemm._fixed_launch.__wrapped__(1, n, k, k, (None,), dtypes, 128, torch.device("cuda"), None)
+        return found.launch.grid
+
+    assert grid_of(28672, 4096) == (132, 1, 1) and grid_of(4096, 4096)[1] > 1 and not asked
+    assert grid_of(4096, 14336) == (30, 1, 1) and asked
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k", "cluster"), [(28672, 3584, 1), (4096, 14336, 4)])
 def test_a_scale_that_is_no_number_spoils_its_row_alone(n, k, cluster, poisoned, hopper):

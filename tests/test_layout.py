@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "triton_cluster": {"triton_parts", "device"},
     "int4_config": {"quantize_utils", "device"},
     "int4_unpack": set(),
-    "gluon_decode": {"int4_unpack", "triton_parts"},
+    "gluon_decode": {"int4_unpack", "triton_parts", "triton_cluster"},
     "gluon_gemm": {"int4_unpack", "triton_parts"},
     "triton_gemm": {
         *("quantize_utils", "device", "launcher", "triton_parts", "triton_cluster", "int4_config", "int4_unpack"),

@@ -37,6 +37,8 @@ class DeviceFacts:
 # Found on an H200, 2026-11-30 (docs/notes).
 CLUSTERS_FILL = 0.78
 
+CLUSTER_BLOCKS = 8  # a cluster has at most, on any chip that has them
+
 # What kernels see in Triton's interpreter: a tiny chip, so that small tests have several waves of blocks.
 INTERPRETED = DeviceFacts("interpreter", (8, 0), 4, shared_memory_bytes=99 * 1024, is_nvidia=False)
 

@@ -23,6 +23,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tiny_gemm.int4_unpack import UNPACKED, are_integers, unpack_words
+from tiny_gemm.triton_cluster import join_cluster, send
 from tiny_gemm.triton_parts import activate, int4_gemm_cost, wait_for_previous
 
 UNIT = gl.constexpr(128)  # columns of a packed unit; 256 divides K
@@ -37,7 +38,8 @@ MOST_SLOTS = gl.constexpr(10)  # the most that step_slots says
 BARRIERS = gl.constexpr(8 * (MOST_SLOTS.value + 4 + WARPS.value * STAGES.value + 2))  # bytes; a multiple of 128
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Shared memory: barriers (one for each slot; one for each warp and stage), the ring, the sums. Sizes in bytes.
+# Shared memory: barriers (one for each slot of sums; of sums that are sent, 4 at most; one for each warp and stage),
+# the ring, the sums, those that are sent. Sizes in bytes.
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -224,22 +226,18 @@ def _put_asm(offset: int) -> str:
 
 
 @triton.constexpr_function
-def _send_asm(numbers: int, cluster: int) -> str:
-    """$4 to $1 in block $3 of the cluster; its barrier, $2, is told how much came. Where the threads are that block's
-    own the first says how much will have come."""
+def _expect_asm(numbers: int, cluster: int) -> str:
+    """Tells barrier $1 how much will have come, by a team's first thread, where block $2 is its own."""
     return f"""{{
         .reg .pred expects;
-        .reg .u32 thread, rank, to, barrier;
+        .reg .u32 thread, rank;
         .reg .b64 state;
         mov.u32 thread, %tid.x;
         and.b32 thread, thread, {numbers - 1};
         mov.u32 rank, %cluster_ctarank;
         setp.eq.u32 expects, thread, 0;
-        setp.eq.and.u32 expects, rank, $3, expects;
-        @expects mbarrier.arrive.expect_tx.shared::cta.b64 state, [$2], {4 * cluster * numbers};
-        mapa.shared::cluster.u32 to, $1, $3;
-        mapa.shared::cluster.u32 barrier, $2, $3;
-        st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [to], $4, [barrier];
+        setp.eq.and.u32 expects, rank, $2, expects;
+        @expects mbarrier.arrive.expect_tx.shared::cta.b64 state, [$1], {4 * cluster * numbers};
         mov.u32 $0, 0;
         }}"""
 
@@ -379,9 +377,7 @@ def int4_stream_kernel(
             unit += clusters * TILES * units
     gl.thread_barrier()
     if CLUSTER > 1:
-        gl.inline_asm_elementwise(
-            "barrier.cluster.wait.aligned; mov.u32 $0, 0;", "=r", [], dtype=gl.int32, is_pure=False, pack=1
-        )
+        join_cluster()
     wait_for_previous(PDL)
     x = _load_x(x_ptr, first_unit, lane, works, M, stride_xm, X_TILES)
     if X_SUMS > 0:
@@ -735,11 +731,11 @@ def _send(acc, mailbox, step, number, NUMBERS: gl.constexpr, WEIGHTS: gl.constex
     """Sends what _add_up gives to the block of the cluster whose step it is."""
     barrier, to, _ = _slot(mailbox, step, NUMBERS, WEIGHTS, CLUSTER)
     to = number * 4 + (to + mailbox[2] * (4 * NUMBERS))
-    owner = gl.zeros_like(number) + step // WEIGHTS % CLUSTER
+    barrier, owner = gl.zeros_like(number) + barrier, gl.zeros_like(number) + step // WEIGHTS % CLUSTER
     gl.inline_asm_elementwise(
-        _send_asm(NUMBERS, CLUSTER), "=r,r,r,r,f", [to, gl.zeros_like(number) + barrier, owner, acc], dtype=gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip
+        _expect_asm(NUMBERS, CLUSTER), "=r,r,r", [barrier, owner], dtype=gl.int32, is_pure=False, pack=1
+    )
+    send(acc, to, barrier, owner)
 
 
 @gluon.jit

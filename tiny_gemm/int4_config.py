@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from tiny_gemm.device import CLUSTERS_FILL, DeviceFacts
+from tiny_gemm.device import CLUSTER_BLOCKS, CLUSTERS_FILL, DeviceFacts
 from tiny_gemm.quantize_utils import TILE_N, unit_k
 
 DECODE_ROWS = 16  # up to here a row's sums are added in one order, whatever the batch
@@ -62,8 +62,8 @@ class StreamConfig:
     cluster: int = 1
 
     def __post_init__(self):
-        if self.k_warps not in (8, 16) or not 1 <= self.cluster <= 8:
-            raise ValueError(f"{self}: k_warps must be 8 or 16, and cluster 1 to 8")
+        if self.k_warps not in (8, 16) or not 1 <= self.cluster <= CLUSTER_BLOCKS:
+            raise ValueError(f"{self}: k_warps must be 8 or 16, and cluster 1 to {CLUSTER_BLOCKS}")
 
     @property
     def in_triton(self) -> DecodeConfig:
@@ -168,7 +168,7 @@ def _stream_cluster(pairs: int, tiles: int, has_many_sums: bool, sms: int) -> in
     if has_many_sums:
         return 0
     best, best_time = 0, math.inf
-    for cluster in range(3, 9):
+    for cluster in range(3, CLUSTER_BLOCKS + 1):
         share = -(-pairs // cluster)
         time = share * -(-tiles // max(1, int(sms / 17 * (16 // cluster))))
         if 13 <= share <= 16 and time < best_time:

@@ -24,10 +24,8 @@ import torch
 import triton
 import triton.language as tl
 
-from tiny_gemm.device import DeviceFacts
+from tiny_gemm.device import CLUSTER_BLOCKS, DeviceFacts
 from tiny_gemm.triton_parts import load_shared
-
-MOST_BLOCKS = 8  # of a cluster, on any chip that has them
 
 
 @triton.jit
@@ -36,8 +34,9 @@ def _nothing():
 
 
 def cluster_room(device: torch.device, facts: DeviceFacts) -> tuple[int, ...]:
-    """DeviceFacts.cluster_room, by the driver; () where it cannot be asked. A cluster's blocks lie in one part of the
-    chip, and chips of one name differ in their parts: on an H200 30 clusters of four took 120 of 132 SMs."""
+    """DeviceFacts.cluster_room, up to CLUSTER_BLOCKS, by the driver; () where it cannot be asked. A cluster's blocks
+    lie in one part of the chip, and chips of one name differ in their parts: on an H200 30 clusters of four took 120 of
+    132 SMs."""
     utils = triton.runtime.driver.active.utils
     with torch.cuda.device(device):
         kernel = _nothing.warmup(grid=(1,))
@@ -47,7 +46,7 @@ def cluster_room(device: torch.device, facts: DeviceFacts) -> tuple[int, ...]:
             return ()
         kernel._init_handles()
         ask = utils.cuOccupancyMaxActiveClusters
-        return tuple(ask(kernel.function, facts.shared_memory_bytes, blocks) for blocks in range(1, MOST_BLOCKS + 1))
+        return tuple(ask(kernel.function, facts.shared_memory_bytes, blocks) for blocks in range(1, CLUSTER_BLOCKS + 1))
 
 
 @triton.constexpr_function

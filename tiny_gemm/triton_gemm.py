@@ -1112,6 +1112,11 @@ class Launch(NamedTuple):
     partials: int = 0
     arrivals: int = 0
 
+    @property
+    def streams(self) -> bool:
+        """Whether it is int4_stream_kernel."""
+        return "K_WARPS" in self.launcher.meta
+
 
 def plan(
     m: int,
@@ -1196,10 +1201,10 @@ def _is_misread(x: Tensor, stride: int) -> bool:
 
 
 @cache
-def _facts(device: torch.device) -> DeviceFacts:
+def _facts_with_room(device: torch.device) -> DeviceFacts:
     """device_facts, with cluster_room."""
     facts = device_facts(device)
-    return dataclasses.replace(facts, cluster_room=cluster_room(device, facts)) if facts.has_clusters else facts
+    return dataclasses.replace(facts, cluster_room=cluster_room(device, facts))
 
 
 @lru_cache(maxsize=4096)
@@ -1218,10 +1223,12 @@ def _fixed_launch(
     """The plan's launch for tensors of these dtypes."""
     kinds = [kind_of_zeros(dtype, group_size) for dtype in zero_dtypes]
     zeros = Zeros.REAL if Zeros.REAL in kinds else kinds[0]
-    launcher, grid, partials, arrivals = plan(m, n, k, group_size, zeros, _facts(device), config, activation)
+    launch = plan(m, n, k, group_size, zeros, device_facts(device), config, activation)
+    if launch.streams and launch.launcher.cluster > 1:  # to ask how many find room takes a compilation: only now
+        launch = plan(m, n, k, group_size, zeros, _facts_with_room(device), config, activation)
     set_up_counters(device, "int4_gemm")  # a launch of another shape that is captured later may count
-    streams = "K_WARPS" in launcher.meta
-    return Fixed(FixedLaunch(launcher, grid, (m, n, k, stride_xm)), partials, arrivals, streams)
+    fixed = FixedLaunch(launch.launcher, launch.grid, (m, n, k, stride_xm))
+    return Fixed(fixed, launch.partials, launch.arrivals, launch.streams)
 
 
 @cache
